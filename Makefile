@@ -1,0 +1,47 @@
+# Everything a fresh machine needs: Python 3.11 or newer, pip and make.
+#   make demo        set up, then run the example federation
+#   make test        set up, then lint, types and the fast tests
+#   make test-slow   what is marked slow (crash tests, long parities)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: demo test test-slow lint types format bench-engine clean
+
+# One stamp per set of extras: a changed pin or extra completes the environment on the next call.
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.base
+	$(BIN)/python experiments/bring_your_own_model/federate.py
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/pyright
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint types
+	$(BIN)/pytest -q -n $(JOBS) -m "not slow and not gpu"
+
+test-slow: $(VENV)/.test
+	$(BIN)/pytest -q -m "slow and not gpu"
+
+bench-engine: $(VENV)/.base
+	$(BIN)/python experiments/engine_overhead/bench.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
