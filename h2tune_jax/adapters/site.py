@@ -1,0 +1,61 @@
+"""The adapted product of one site: the frozen weight plus what a method adds to it.
+
+This is the one function through which a model uses its adapters, so a model knows nothing of methods,
+and kernels can take the product's place.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from h2tune_jax.adapters import triple
+from h2tune_jax.types import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiteAdapter:
+    """Low-rank factors beside a frozen weight: scale * ((x A) [+] (x A) T) B.
+
+    Stacked over layers the arrays lead with [Li]; `jax.lax.scan` over layers strips that axis.
+    A plain LoRA has no core.
+    """
+
+    a: Array  # T[Li, D, r]
+    core: Array | None  # T[Li, r, r]
+    b: Array  # T[Li, r, F]
+    scale: float = dataclasses.field(metadata={"static": True})
+    residual: bool = dataclasses.field(default=True, metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    def fold(self) -> tuple[Array, Array]:
+        """Return an ordinary LoRA pair (a, b) with the same product."""
+        if self.core is None:
+            return self.a, self.b
+        return triple.fold(self.a, self.core, self.b, residual=self.residual)
+
+
+def adapted(
+    x: Array,  # [..., D]
+    w: Array,  # [D, F]
+    site: SiteAdapter | None,
+    *,
+    bias: Array | None = None,  # [F]
+    key: Array | None = None,
+) -> Array:
+    """Compute x W (+ bias) plus the site's adapter; `site=None` means an unadapted weight.
+
+    `key` switches adapter dropout on; without one the product is deterministic.
+    """
+    if site is None:
+        y = x @ w
+    elif site.dropout > 0 and key is not None:
+        kept = jax.random.bernoulli(key, 1 - site.dropout, x.shape)
+        dropped = jnp.where(kept, x / (1 - site.dropout), jnp.zeros_like(x))
+        y = x @ w + triple.update(
+            dropped, site.a, site.core, site.b, scale=site.scale, residual=site.residual
+        )
+    else:
+        y = triple.apply(x, w, site.a, site.core, site.b, scale=site.scale, residual=site.residual)
+    return y if bias is None else y + bias

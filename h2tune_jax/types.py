@@ -1,0 +1,211 @@
+"""The words that the whole project shares: dimensions, specifications, and what moves in a round.
+
+Dimension glossary (the letters beside array fields everywhere):
+
+    C     clients of a cohort            S    clients of a cohort that take part in a round
+    L     layer slots on the server      Li   layers of a cohort's model
+    K     site kinds of the federation   Ki   site kinds of a cohort
+    D, F  input and output width of a site's frozen weight, used as x @ W
+    R     rank of the shared middle matrices       r    rank of a cohort's adapters
+    n     examples that a client has room for      B    batch size
+"""
+
+import dataclasses
+import difflib
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array
+PyTree = Any
+Metrics = Mapping[str, Any]
+
+KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+"""Site kinds in their canonical order; other names are welcome and follow in alphabetical order."""
+
+
+class FederationError(ValueError):
+    """Bad input, found before anything is compiled; the message names the cohort and the field."""
+
+
+def order_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
+    """Sort kinds canonically, without repeats: `KINDS` first, then the others by name."""
+    return tuple(
+        sorted(set(kinds), key=lambda k: (KINDS.index(k) if k in KINDS else len(KINDS), k))
+    )
+
+
+def name_id(name: str) -> int:
+    """Return a number for a name, the same everywhere and always, to fold into a key."""
+    return zlib.crc32(name.encode())
+
+
+def near_match(word: str, allowed: Iterable[str]) -> str:
+    """Say what is allowed, and which of it the writer may have meant."""
+    options = [str(a) for a in allowed]
+    close = difflib.get_close_matches(str(word), options, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"allowed: {', '.join(options) or 'nothing'}{hint}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The shapes of a model's adapted sites. Static and hashable.
+
+    Attributes:
+      num_layers: Li, the number of blocks.
+      sites: for each kind the (D, F) of its frozen weight; any mapping or pairs, kept as pairs.
+      layer_outputs_fn: (base, probe) -> [Li, n, d], one row a probe text; only the `cka` relation
+        asks for it.
+    """
+
+    num_layers: int
+    sites: Any  # given as Mapping[str, tuple[int, int]]; kept as tuple[tuple[str, int, int], ...]
+    layer_outputs_fn: Callable[[PyTree, PyTree], Array] | None = None
+
+    def __post_init__(self):
+        sites = self.sites
+        pairs = sites.items() if isinstance(sites, Mapping) else [(s[0], s[1:]) for s in sites]
+        shapes = {kind: tuple(int(d) for d in shape) for kind, shape in pairs}
+        for kind, shape in shapes.items():
+            if len(shape) != 2 or min(shape) < 1:
+                raise FederationError(f"site {kind!r}: expected (in, out) widths >= 1, got {shape}")
+        if self.num_layers < 1:
+            raise FederationError(f"num_layers must be at least 1, got {self.num_layers}")
+        ordered = tuple((kind, *shapes[kind]) for kind in order_kinds(shapes))
+        object.__setattr__(self, "sites", ordered)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The (D, F) of every kind, in canonical order."""
+        return {kind: (d, f) for kind, d, f in self.sites}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long a client trains in one round: so many epochs, or so many steps.
+
+    `epochs` counts passes over the client's own examples: ceil(m / batch_size) steps each, so a
+    client with 3 batches takes 3 steps. `steps` gives every client the same number of steps; its
+    epochs follow each other for as long as that takes. Exactly one of the two is set.
+    """
+
+    batch_size: int
+    epochs: int | None = None
+    steps: int | None = None
+    shuffle: bool = True
+
+    def __post_init__(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise FederationError("Budget: set exactly one of epochs and steps")
+        for field in ("batch_size", "epochs", "steps"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise FederationError(f"Budget: {field} must be at least 1, got {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CohortSpec:
+    """All clients of one architecture, rank and task shape. Static and hashable.
+
+    Attributes:
+      name: its name, unique in the federation; folded into the keys of its clients.
+      num_clients: C.
+      model: the shapes of the adapted sites.
+      rank: r, what these clients can afford.
+      loss_fn: (adapters, base, batch, key) -> (loss, metrics). See `docs/api.md`.
+      budget: the local work of one round.
+      targets: the kinds that are adapted; None means all that the model has.
+      init_head_fn: key -> parameters of one client's task head; None means no head.
+      alpha: adapters are scaled by alpha / rank.
+      dropout: adapter dropout rate, on the input of A.
+      dtype: of every adapter parameter.
+    """
+
+    name: str
+    num_clients: int
+    model: ModelSpec
+    rank: int
+    loss_fn: Callable[..., tuple[Array, Metrics]]
+    budget: Budget
+    targets: tuple[str, ...] | None = None
+    init_head_fn: Callable[[Array], PyTree] | None = None
+    alpha: float = 16.0
+    dropout: float = 0.0
+    dtype: Any = "float32"
+
+    def __post_init__(self):
+        where = f"cohort {self.name!r}"
+        if self.num_clients < 1:
+            raise FederationError(
+                f"{where}: num_clients must be at least 1, got {self.num_clients}"
+            )
+        if self.rank < 1:
+            raise FederationError(f"{where}: rank must be at least 1, got {self.rank}")
+        if not self.alpha > 0:
+            raise FederationError(f"{where}: alpha must be positive, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise FederationError(f"{where}: dropout must lie in [0, 1), got {self.dropout}")
+        known = self.model.shapes
+        kinds = tuple(known) if self.targets is None else tuple(self.targets)
+        for kind in kinds:
+            if kind not in known:
+                raise FederationError(
+                    f"{where}: targets names {kind!r}, a site that the model does not have; "
+                    + near_match(kind, known)
+                )
+        object.__setattr__(self, "targets", order_kinds(kinds))
+        object.__setattr__(self, "dtype", np.dtype(self.dtype))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The adapted kinds in canonical order: Ki of them."""
+        assert self.targets is not None  # set in __post_init__
+        return self.targets
+
+    @property
+    def scale(self) -> float:
+        """What the adapter's product is multiplied by: alpha / r."""
+        return self.alpha / self.rank
+
+
+Specs = tuple[CohortSpec, ...]
+
+
+class ClientData(NamedTuple):
+    """The examples of one client (without C), or of all clients of a cohort."""
+
+    examples: PyTree  # leaves [C, n, ...]
+    num_examples: Array  # i32[C], the rows beyond are padding
+
+
+class Batch(NamedTuple):
+    """What a loss function is given."""
+
+    examples: PyTree  # leaves [B, ...]
+    mask: Array  # bool[B]; False rows are padding and must not count
+
+
+class Adapters(NamedTuple):
+    """What a loss function sees of a client: all that is added to the frozen base."""
+
+    sites: dict[str, Any]  # by kind; array leaves stacked over layers [Li, ...]
+    head: PyTree  # the task head's parameters, or None
+
+
+class Download(NamedTuple):
+    """What the server sends to one cohort."""
+
+    common: PyTree  # the same for each of its clients
+    personal: PyTree  # leaves [S, ...]; inside client functions without S
+
+
+class RoundState(NamedTuple):
+    """All that a federation carries from one round to the next."""
+
+    round: Array  # i32[]
+    server: PyTree
+    clients: tuple[PyTree, ...]  # one entry a cohort, leaves [C, ...]
