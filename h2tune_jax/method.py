@@ -41,7 +41,12 @@ class Broadcast(Protocol):
     """Decide what each cohort's participants are sent. `client_ids` has i32[S] a cohort."""
 
     def __call__(
-        self, specs: Specs, key: Array, server: PyTree, client_ids: tuple[Array, ...], round: Array
+        self,
+        specs: Specs,
+        key: Array,
+        server: PyTree,
+        client_ids: tuple[Array, ...],
+        round_index: Array,
     ) -> tuple[Download, ...]: ...
 
 
@@ -61,7 +66,7 @@ class ClientUpdate(Protocol):
         download: Download,
         data: ClientData,
         hyper: Any,
-        round: Array,
+        round_index: Array,
     ) -> tuple[PyTree, PyTree, Metrics]: ...
 
 
@@ -92,7 +97,7 @@ class ServerAggregate(Protocol):
         uploads: tuple,
         weights: tuple[Array, ...],
         client_ids: tuple[Array, ...],
-        round: Array,
+        round_index: Array,
     ) -> tuple[PyTree, Metrics]: ...
 
 

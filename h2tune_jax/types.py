@@ -38,9 +38,9 @@ def order_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def name_id(name: str) -> int:
-    """Return a number for a name, the same everywhere and always, to fold into a key."""
-    return zlib.crc32(name.encode())
+def fold_name(key: Array, name: str) -> Array:
+    """Fold a name into a key by a number that is the same everywhere and always."""
+    return jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
 
 
 def near_match(word: str, allowed: Iterable[str]) -> str:

@@ -219,6 +219,11 @@ def basis(
     return jax.vmap(draw)(slots)
 
 
+def take_columns(basis: Array, chosen: Array) -> Array:
+    """Take columns i32[..., r] of a basis [..., width, R]: -> [..., width, r]."""
+    return jnp.take_along_axis(basis, chosen[..., None, :], axis=-1, mode="promise_in_bounds")
+
+
 def realign(
     a: Array,  # [D, r]
     b: Array,  # [r, F]

@@ -1,0 +1,93 @@
+"""Evaluation of every client on its own data, at the moments that a comparison names."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from h2tune_jax.check import check_choice, named_errors
+from h2tune_jax.method import FederatedMethod
+from h2tune_jax.round import ClientAxis, resolve_axis
+from h2tune_jax.training import batch_reader, room, scalar_metrics
+from h2tune_jax.types import (
+    Adapters,
+    Array,
+    Budget,
+    ClientData,
+    CohortSpec,
+    Download,
+    PyTree,
+    RoundState,
+    Specs,
+)
+
+
+def make_evaluate(
+    method: FederatedMethod,
+    specs: Specs,
+    *,
+    batch_size: int,
+    moment: str = "trained",
+    client_axis: ClientAxis = "auto",
+) -> Callable[..., dict[str, dict[str, Array]]]:
+    """Build the jitted `evaluate(state, bases, data) -> metrics by cohort`, each [C].
+
+    Every client's loss and scalar metrics are averaged over its own examples (a batch weighs by its
+    examples). Loss functions get `key=None`, which asks for no dropout.
+
+    Args:
+      method: the method whose adapters are evaluated.
+      specs: the cohorts.
+      batch_size: how many examples are evaluated at once.
+      moment: "trained" (as local training left the client) or "downloaded" (right after it receives
+        the server's present state, before any training).
+      client_axis: as in `make_round`.
+    """
+    check_choice("moment", moment, ("trained", "downloaded"))
+    axis = resolve_axis(client_axis)
+
+    def evaluate(state: RoundState, bases: tuple, data: tuple) -> dict[str, dict[str, Array]]:
+        ids = tuple(jnp.arange(spec.num_clients, dtype=jnp.int32) for spec in specs)
+        downloads = method.broadcast(specs, jax.random.key(0), state.server, ids, state.round)
+        results = {}
+        for spec, base, clients, rows, download in zip(
+            specs, bases, state.clients, data, downloads
+        ):
+
+            def one(args, spec=spec, base=base, common=download.common):
+                client, own_data, personal = args
+                sent = Download(common, personal) if moment == "downloaded" else None
+                adapters = method.adapters(spec, state.server, client, sent)
+                return _mean_metrics(spec, adapters, base, ClientData(*own_data), batch_size)
+
+            with named_errors(spec, "evaluate"):
+                args = clients, rows, download.personal
+                if axis == "vmap":
+                    results[spec.name] = jax.vmap(one)(args)
+                else:
+                    size = 1 if axis == "scan" else int(axis)
+                    results[spec.name] = jax.lax.map(
+                        one, args, batch_size=None if size == 1 else size
+                    )
+        return results
+
+    return jax.jit(evaluate)
+
+
+def _mean_metrics(
+    spec: CohortSpec, adapters: Adapters, base: PyTree, data: ClientData, batch_size: int
+) -> dict[str, Array]:
+    budget = Budget(batch_size=batch_size, epochs=1, shuffle=False)
+    read = batch_reader(budget, jax.random.key(0), data)  # not shuffled: the key is not used
+
+    def weighted(step: Array) -> dict[str, Array]:
+        batch = read(step)
+        loss, metrics = spec.loss_fn(adapters, base, batch, None)
+        seen = {**scalar_metrics(f"cohort {spec.name!r}", metrics), "loss": loss}
+        count = batch.mask.sum().astype(jnp.float32)
+        weigh = lambda value: jnp.where(count > 0, value.astype(jnp.float32) * count, 0.0)
+        return jax.tree.map(weigh, seen)
+
+    steps = jnp.arange(-(-room(data) // batch_size), dtype=jnp.int32)
+    examples = jnp.maximum(data.num_examples, 1).astype(jnp.float32)
+    return jax.tree.map(lambda parts: parts.sum() / examples, jax.lax.map(weighted, steps))

@@ -1,0 +1,203 @@
+"""One H2Tune client: its start, its round, and the adapters that come of it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from h2tune_jax.adapters import relation, triple
+from h2tune_jax.methods.h2tune.options import H2TuneHyper, H2TuneOptions
+from h2tune_jax.methods.h2tune.state import H2TuneClient, H2TuneDownload, H2TuneUpload
+from h2tune_jax.methods.h2tune.steps import (
+    LocalRound,
+    LocalState,
+    alternating_step,
+    joint_step,
+    middle_of,
+    own_part,
+    select,
+    shared_part,
+    site_adapters,
+)
+from h2tune_jax.training import run_steps
+from h2tune_jax.types import (
+    Adapters,
+    Array,
+    ClientData,
+    CohortSpec,
+    Download,
+    PyTree,
+    fold_name,
+)
+
+
+def init_client(
+    options: H2TuneOptions, spec: CohortSpec, key: Array, base: PyTree, download: Download
+) -> H2TuneClient:
+    """Draw a client's personal state; of the download only the shapes and the start matter."""
+    del base
+    common: H2TuneDownload = download.common
+    start = common.start
+    slots, num_kinds, size, _ = common.middle.shape
+    layers, dtype = spec.model.num_layers, spec.dtype
+    factor_key, head_key, scores_key, index_key, relation_key = jax.random.split(key, 5)
+
+    scores = None
+    if options.selection == "block":
+        scores = jnp.broadcast_to(start.scores, (layers, num_kinds, size))
+    elif options.has_scores:
+        scores = triple.uniform(scores_key, (layers, num_kinds, size, size), size, dtype)
+    none_yet = jnp.zeros((layers, num_kinds, size, size), dtype)
+    index = triple.select(
+        scores, spec.rank, strategy=options.selection, middle=none_yet, key=index_key
+    )
+
+    a, b = {}, {}
+    for place, kind in enumerate(spec.kinds):
+        in_dim, out_dim = spec.model.shapes[kind]
+        if start.basis is None:
+            kind_key = fold_name(factor_key, kind)
+            shape = layers, in_dim, out_dim, spec.rank
+            a[kind], b[kind] = triple.init(kind_key, *shape, residual=options.residual, dtype=dtype)
+        else:
+            columns, rows = start.basis[kind]
+            chosen = triple.coordinates(index[:, place], spec.rank, size)
+            a[kind] = triple.take_columns(columns, chosen)
+            b[kind] = (
+                jnp.zeros((layers, spec.rank, out_dim), dtype)
+                if rows is None
+                else triple.take_columns(rows, chosen).mT
+            )
+    own_relation = start.relation
+    if own_relation is None:
+        own_relation = relation.random(relation_key, slots, layers, dtype)
+    client = H2TuneClient(
+        a=a,
+        b=b,
+        head=None if spec.init_head_fn is None else spec.init_head_fn(head_key),
+        relation=own_relation,
+        scores=scores,
+        index=index,
+        middle=none_yet,
+        trained=jnp.zeros((), bool),
+        shared_opt=(),
+        own_opt=(),
+    )
+    if options.optimizer_state == "kept":
+        assert options.optimizer is not None
+        shared = shared_part(options, client, common.middle)
+        client = client._replace(
+            shared_opt=options.optimizer.init(shared),
+            own_opt=options.optimizer.init(own_part(options, client)),
+        )
+    return client
+
+
+def at_download(
+    options: H2TuneOptions, spec: CohortSpec, client: H2TuneClient, common: H2TuneDownload
+) -> H2TuneClient:
+    """Select for this round; where A and B stand for coordinates of a basis, let them follow."""
+    middle = relation.mix(client.relation, common.middle)
+    index = select(options, spec, client, client.scores, middle)
+    if options.follows_basis:
+        assert common.start.basis is not None
+        a, b = {}, {}
+        coordinates = functools.partial(triple.coordinates, rank=spec.rank, size=middle.shape[-1])
+        for place, kind in enumerate(spec.kinds):
+            columns, rows = common.start.basis[kind]
+            a[kind], b[kind] = jax.vmap(triple.realign)(
+                client.a[kind],
+                client.b[kind],
+                coordinates(client.index[:, place]),
+                coordinates(index[:, place]),
+                columns,
+                None if rows is None else rows.mT,
+            )
+        client = client._replace(a=a, b=b)
+    return client._replace(index=index)
+
+
+def client_update(
+    options: H2TuneOptions,
+    spec: CohortSpec,
+    key: Array,
+    base: PyTree,
+    client: H2TuneClient,
+    download: Download,
+    data: ClientData,
+    hyper: H2TuneHyper,
+    round_index: Array,
+) -> tuple[H2TuneClient, H2TuneUpload, dict]:
+    """Download and select, train in halves (or jointly, in a warm start), upload G_i."""
+    assert options.optimizer is not None
+    common: H2TuneDownload = download.common
+    client = at_download(options, spec, client, common)
+    shared, own = shared_part(options, client, common.middle), own_part(options, client)
+    kept = options.optimizer_state == "kept"
+    here = LocalRound(options, spec, base, client, hyper, common.middle.shape[-1])
+    state = LocalState(
+        shared=shared,
+        own=own,
+        shared_opt=client.shared_opt if kept else options.optimizer.init(shared),
+        own_opt=client.own_opt if kept else options.optimizer.init(own),
+        touched=here.entries(client.index),
+    )
+
+    def run(step_fn) -> tuple[LocalState, dict]:
+        return run_steps(spec.budget, key, data, state, functools.partial(step_fn, here))
+
+    if options.alternation == "joint":
+        state, metrics = run(joint_step)
+    elif options.warmup_rounds == 0:
+        state, metrics = run(alternating_step)
+    else:
+        state, metrics = jax.lax.cond(
+            round_index < options.warmup_rounds,
+            lambda: run(joint_step),
+            lambda: run(alternating_step),
+        )
+
+    middle = middle_of(options, client, state.shared)
+    if options.trains_copy:
+        sent = state.shared["middle"]
+    else:
+        sent = relation.unmix(client.relation, middle)
+    if options.average == "selected":
+        mask, each = state.touched, 1
+    else:
+        mask = relation.slot_support(client.relation)[:, None, None, None]
+        each = sent[0].size
+    after = client._replace(
+        a=state.own.get("a", client.a),
+        b=state.own.get("b", client.b),
+        head=state.own["head"],
+        relation=state.shared.get("relation", client.relation),
+        scores=state.shared.get("scores", client.scores),
+        index=here.selection(state.shared),
+        middle=middle,
+        trained=client.trained | (metrics["steps"] > 0),
+        shared_opt=state.shared_opt if kept else (),
+        own_opt=state.own_opt if kept else (),
+    )
+    traffic = {
+        "numbers_up": mask.sum(dtype=jnp.int32) * each,
+        "numbers_down": jnp.asarray(common.middle.size, jnp.int32),
+    }
+    return after, H2TuneUpload(sent, mask), {**metrics, **traffic}
+
+
+def adapters(
+    options: H2TuneOptions,
+    spec: CohortSpec,
+    server: PyTree,
+    client: H2TuneClient,
+    download: Download | None,
+) -> Adapters:
+    """Build the adapters as local training left them or, given a download, right after it."""
+    del server
+    middle = client.middle
+    if download is not None:
+        client = at_download(options, spec, client, download.common)
+        middle = relation.mix(client.relation, download.common.middle)
+    core = triple.core(middle, client.index)
+    return Adapters(site_adapters(options, spec, client.a, client.b, core), client.head)

@@ -1,0 +1,62 @@
+"""What H2Tune's server and clients hold, and what travels between them."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from h2tune_jax.types import Array, CohortSpec, PyTree, Specs, order_kinds
+
+
+class Start(NamedTuple):
+    """What a cohort's clients start from: drawn once, never changed, sent at first contact only."""
+
+    relation: Array | None  # T[L, Li]; None where each client draws its own
+    scores: Array | None  # T[Ki, R]; the common coordinate scores of `block`
+    basis: dict[str, tuple[Array, Array | None]] | None  # by kind: T[Li, D, R], T[Li, F, R]
+
+
+class H2TuneServer(NamedTuple):
+    """G, and the starts of the cohorts."""
+
+    middle: Array  # T[L, K, R, R]
+    starts: tuple[Start, ...]
+
+
+class H2TuneDownload(NamedTuple):
+    """What a cohort is sent: G of its kinds; its start stands beside it."""
+
+    middle: Array  # T[L, Ki, R, R]
+    start: Start
+
+
+class H2TuneUpload(NamedTuple):
+    """What leaves a client, and where it counts."""
+
+    middle: Array  # T[L, Ki, R, R]
+    mask: Array  # bool[L, Ki, R, R], or bool[L, 1, 1, 1] where all entries of a slot count
+
+
+class H2TuneClient(NamedTuple):
+    """The personal state of one client. None of it but `H2TuneUpload` ever leaves."""
+
+    a: dict[str, Array]  # by kind: T[Li, D, r]
+    b: dict[str, Array]  # by kind: T[Li, r, F]
+    head: PyTree
+    relation: Array  # T[L, Li]
+    scores: Array | None  # T[Li, Ki, R] (block) or T[Li, Ki, R, R]
+    index: Array  # i32[Li, Ki, r*r], the last selection
+    middle: Array  # T[Li, Ki, R, R], M at the end of the last local training
+    trained: Array  # bool[], has the client ever taken part
+    shared_opt: PyTree  # optimiser states where they are kept between rounds, else ()
+    own_opt: PyTree
+
+
+def shared_kinds(specs: Specs) -> tuple[str, ...]:
+    """Return the kinds of the federation in the order of G's axis K."""
+    return order_kinds(kind for spec in specs for kind in spec.kinds)
+
+
+def kind_places(specs: Specs, spec: CohortSpec) -> np.ndarray:
+    """Return where a cohort's kinds stand on G's axis K."""
+    kinds = shared_kinds(specs)
+    return np.asarray([kinds.index(kind) for kind in spec.kinds])

@@ -1,0 +1,302 @@
+"""The engine: a round of federated training as one pure function of arrays.
+
+This is the one place with `jit` and with a client axis. Methods are written for one client; here they
+are batched over the clients of a cohort by `vmap`, by `scan`, or in chunks, on one device or many.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from h2tune_jax.check import check_federation, check_round_inputs, named_errors
+from h2tune_jax.method import FederatedMethod
+from h2tune_jax.types import (
+    Array,
+    ClientData,
+    CohortSpec,
+    Download,
+    FederationError,
+    Metrics,
+    PyTree,
+    RoundState,
+    Specs,
+    fold_name,
+)
+
+ClientAxis = str | int  # "auto", "vmap", "scan", or the size of a chunk
+
+
+class RoundMetrics(NamedTuple):
+    """What people look at after a round."""
+
+    clients: dict[str, dict[str, Array]]  # by cohort and metric: [S]
+    server: Metrics
+    rejected: dict[str, Array]  # by cohort: i32[], clients whose result was not finite
+
+
+def client_keys(key: Array, spec: CohortSpec, ids: Array) -> Array:
+    """Fold the cohort's name and the clients' ids into a key: who else takes part does not matter."""
+    return jax.vmap(lambda i: jax.random.fold_in(fold_name(key, spec.name), i))(ids)
+
+
+def init_round(
+    method: FederatedMethod, specs: Specs, bases: tuple, probe: PyTree, key: Array
+) -> RoundState:
+    """Start a federation: the server, and every client of every cohort.
+
+    `bases` has one frozen base a cohort; `probe` is public data for methods that ask for it, or None.
+    Pure: it may be jitted, and vmapped over keys.
+    """
+    check_federation(method, specs, bases)
+    server_key, client_key = jax.random.split(key)
+    server = method.init_server(specs, server_key, bases, probe)
+    ids = tuple(jnp.arange(spec.num_clients, dtype=jnp.int32) for spec in specs)
+    first = jnp.zeros((), jnp.int32)
+    downloads = method.broadcast(specs, server_key, server, ids, first)
+    clients = []
+    for spec, base, cohort_ids, download in zip(specs, bases, ids, downloads):
+
+        def start(key, personal, spec=spec, base=base, common=download.common):
+            return method.init_client(spec, key, base, Download(common, personal))
+
+        with named_errors(spec, "init_client"):
+            keys = client_keys(client_key, spec, cohort_ids)
+            clients.append(jax.vmap(start)(keys, download.personal))
+    return RoundState(first, server, tuple(clients))
+
+
+def make_round(
+    method: FederatedMethod,
+    specs: Specs,
+    *,
+    client_axis: ClientAxis = "auto",
+    mesh: Mesh | None = None,
+    resident: bool = True,
+    donate: bool = True,
+) -> Callable[..., tuple[RoundState, RoundMetrics]]:
+    """Build the jitted function of one round.
+
+    `round_fn(state, bases, data, client_ids, weights, hyper, seed, probe=None) -> (state, metrics)`:
+      state: what `init_round` or the last round gave. Its buffers are donated unless `donate=False`.
+      bases: one frozen base a cohort, shared by its clients and never copied.
+      data: one `ClientData` a cohort, leaves [C, ...].
+      client_ids: i32[S] a cohort, the clients that take part, without repeats; None means all in
+        order, which saves a gather. i32[0] leaves the cohort out.
+      weights: f32[S] a cohort, or None for 1 each. A client of weight zero trains for itself, and the
+        server does not notice.
+      hyper: as `method.hyper`; arrays, so that runs can be mapped over them.
+      seed: an integer scalar. Seed, round and client ids are all that randomness depends on.
+
+    Args:
+      method: what to run.
+      specs: the cohorts.
+      client_axis: how the clients of a cohort run: "vmap" at once, "scan" one after the other, an int
+        that many at once; "auto" is "scan" on CPU and "vmap" elsewhere. The results are equal.
+      mesh: a mesh with one axis; each cohort's participants are split over its devices.
+      resident: False when state and data hold the participants only, in the order of `client_ids`.
+      donate: give the state's buffers to the result.
+    """
+    check_federation(method, specs, None)
+    axis = resolve_axis(client_axis)
+    if mesh is not None and len(mesh.axis_names) != 1:
+        raise FederationError(f"mesh: expected one (client) axis, got {mesh.axis_names}")
+
+    def round_fn(state, bases, data, client_ids, weights, hyper, seed, probe=None):
+        check_round_inputs(method, specs, state, bases, data, client_ids, weights, hyper, resident)
+        key = jax.random.fold_in(jax.random.key(seed), state.round)
+        ids = tuple(
+            jnp.arange(spec.num_clients, dtype=jnp.int32) if chosen is None else chosen
+            for spec, chosen in zip(specs, client_ids)
+        )
+        weights = tuple(
+            jnp.ones(i.shape, jnp.float32) if w is None else w.astype(jnp.float32)
+            for i, w in zip(ids, weights)
+        )
+        send_key, train_key, server_key = jax.random.split(key, 3)
+        downloads = method.broadcast(specs, send_key, state.server, ids, state.round)
+
+        clients, uploads, kept_weights, metrics = [], [], [], {}
+        for i, spec in enumerate(specs):
+            if ids[i].shape[0] == 0:
+                clients.append(state.clients[i])
+                uploads.append(None)
+                kept_weights.append(weights[i])
+                continue
+            train = _client_step(method, spec, bases[i], downloads[i].common, hyper, state.round)
+            positions = client_ids[i] if resident else None
+            per_client = (
+                client_keys(train_key, spec, ids[i]),
+                downloads[i].personal,
+                weights[i],
+            )
+            sweep = _sweep if mesh is None else _sharded_sweep(mesh)
+            with named_errors(spec, "client_update"):
+                after, upload, seen = sweep(
+                    train, state.clients[i], data[i], per_client, positions, axis, method.reduce
+                )
+            clients.append(after)
+            uploads.append(upload)
+            kept_weights.append(jnp.where(seen["finite"], weights[i], 0.0))
+            metrics[spec.name] = seen
+
+        server, server_metrics = method.server_aggregate(
+            specs,
+            server_key,
+            state.server,
+            bases,
+            probe,
+            tuple(uploads),
+            tuple(kept_weights),
+            ids,
+            state.round,
+        )
+        rejected = {name: (~seen["finite"]).sum(dtype=jnp.int32) for name, seen in metrics.items()}
+        next_state = RoundState(state.round + 1, server, tuple(clients))
+        return next_state, RoundMetrics(metrics, server_metrics, rejected)
+
+    return jax.jit(round_fn, donate_argnums=(0,) if donate else ())
+
+
+def resolve_axis(client_axis: ClientAxis) -> ClientAxis:
+    """Return "vmap", "scan" or a chunk size; "auto" is what measures best on the default backend."""
+    if client_axis == "auto":
+        return "scan" if jax.default_backend() == "cpu" else "vmap"
+    if client_axis in ("vmap", "scan") or (
+        isinstance(client_axis, int) and not isinstance(client_axis, bool) and client_axis > 0
+    ):
+        return client_axis
+    raise FederationError(
+        f"client_axis: expected 'auto', 'vmap', 'scan' or a positive int, got {client_axis!r}"
+    )
+
+
+def _client_step(
+    method: FederatedMethod,
+    spec: CohortSpec,
+    base: PyTree,
+    common: PyTree,
+    hyper: Any,
+    round_index: Array,
+) -> Callable:
+    """One client's part of a round; the frozen base and the common download are free variables."""
+
+    def step(client, data, key, personal, weight):
+        after, upload, metrics = method.client_update(
+            spec,
+            key,
+            base,
+            client,
+            Download(common, personal),
+            ClientData(*data),
+            hyper,
+            round_index,
+        )
+        finite = _all_finite((metrics["loss"], upload, after))
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, client)
+        counts = finite & (weight > 0)
+        if method.reduce is not None:
+            upload = method.reduce(spec, upload, weight)
+        # A product with weight zero is not enough: 0 * nan is nan.
+        upload = jax.tree.map(lambda leaf: jnp.where(counts, leaf, jnp.zeros_like(leaf)), upload)
+        return after, upload, {**metrics, "finite": finite}
+
+    return step
+
+
+def _all_finite(tree: PyTree) -> Array:
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def _take(tree: PyTree, place: Array | None) -> PyTree:
+    return tree if place is None else jax.tree.map(lambda leaf: leaf[place], tree)
+
+
+def _put(tree: PyTree, place: Array | None, rows: PyTree) -> PyTree:
+    return rows if place is None else jax.tree.map(lambda x, row: x.at[place].set(row), tree, rows)
+
+
+def _sweep(train, clients, data, per_client, positions, axis: ClientAxis, summed):
+    """Run `train` on a cohort's participants: -> (all clients, summed or stacked uploads, metrics).
+
+    `clients` and `data` lead with C and are read and written at `positions` (None: all in order), one
+    row at a time where the axis is a scan, so that no second copy of the personal state exists.
+    """
+    total = lambda tree: jax.tree.map(lambda leaf: leaf.sum(axis=0), tree)
+    if axis == "vmap":
+        rows = _take(clients, positions), _take(data, positions)
+        after, uploads, metrics = jax.vmap(train)(*rows, *per_client)
+        return _put(clients, positions, after), total(uploads) if summed else uploads, metrics
+
+    count = per_client[-1].shape[0]
+    places = jnp.arange(count, dtype=jnp.int32) if positions is None else positions
+    width = 1 if axis == "scan" else min(int(axis), count)
+
+    def visit(carry, x):
+        clients, sums = carry
+        place, rest = x
+        step = train if axis == "scan" else jax.vmap(train)
+        after, upload, metrics = step(_take(clients, place), _take(data, place), *rest)
+        if summed:
+            added = upload if axis == "scan" else total(upload)
+            sums, upload = jax.tree.map(jnp.add, sums, added), None
+        return (_put(clients, place, after), sums), (upload, metrics)
+
+    xs = places, per_client
+    sums = None
+    if summed:
+        one = jax.tree.map(lambda leaf: leaf[0], xs)
+        shapes = jax.eval_shape(
+            lambda place, rest: train(_take(clients, place), _take(data, place), *rest)[1], *one
+        )
+        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    if axis == "scan":
+        (clients, sums), (uploads, metrics) = jax.lax.scan(visit, (clients, sums), xs)
+        return clients, sums if summed else uploads, metrics
+
+    whole = count // width * width
+    chunks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, width, *leaf.shape[1:]), xs)
+    carry, seen = jax.lax.scan(visit, (clients, sums), chunks)
+    seen = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), seen)
+    if whole < count:
+        carry, last = visit(carry, jax.tree.map(lambda leaf: leaf[whole:], xs))
+        seen = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), seen, last)
+    (clients, sums), (uploads, metrics) = carry, seen
+    return clients, sums if summed else uploads, metrics
+
+
+def _sharded_sweep(mesh: Mesh) -> Callable:
+    """`_sweep` with the participants split over the devices of a mesh."""
+    split, everywhere = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
+
+    def sweep(train, clients, data, per_client, positions, axis, summed):
+        count = per_client[-1].shape[0]
+        padded = -(-count // mesh.size) * mesh.size
+        # Devices get equal shares: the first participant stands in again, with weight zero.
+        stand_in = jnp.where(jnp.arange(padded) < count, jnp.arange(padded), 0)
+        fill = lambda tree: tree if padded == count else _take(tree, stand_in)
+        rows = fill(_take(clients, positions)), fill(_take(data, positions))
+        keys, personal, weights = fill(per_client)
+        weights = jnp.where(jnp.arange(padded) < count, weights, 0.0)
+
+        def share(clients, data, per_client):
+            after, upload, metrics = _sweep(train, clients, data, per_client, None, axis, summed)
+            if summed:
+                upload = jax.lax.psum(upload, mesh.axis_names[0])
+            return after, upload, metrics
+
+        after, upload, metrics = jax.shard_map(
+            share,
+            mesh=mesh,
+            in_specs=split,
+            out_specs=(split, everywhere if summed else split, split),
+            check_vma=False,
+        )(*rows, (keys, personal, weights))
+        cut = lambda tree: jax.tree.map(lambda leaf: leaf[:count], tree)
+        after, metrics = cut(after), cut(metrics)
+        return _put(clients, positions, after), upload if summed else cut(upload), metrics
+
+    return sweep
