@@ -45,4 +45,5 @@ def masked_mean(
             lambda leaf: jnp.ones((leaf.shape[0],) + (1,) * (leaf.ndim - 1), bool), uploads
         )
     parts = jax.vmap(weighted_part)(uploads, weights, masks)
-    return mean_or_keep(*jax.tree.map(lambda leaf: leaf.sum(axis=0), parts), previous)
+    total, share = jax.tree.map(lambda leaf: leaf.sum(axis=0), parts)
+    return mean_or_keep(total, share, previous)

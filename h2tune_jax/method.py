@@ -22,7 +22,7 @@ from h2tune_jax.types import (
 class InitServer(Protocol):
     """Start the server. `bases` has one frozen base a cohort, `probe` is public data or None."""
 
-    def __call__(self, specs: Specs, key: Array, bases: tuple, probe: PyTree) -> PyTree: ...
+    def __call__(self, specs: Specs, key: Array, bases: tuple, probe: PyTree, /) -> PyTree: ...
 
 
 class InitClient(Protocol):
@@ -47,6 +47,7 @@ class Broadcast(Protocol):
         server: PyTree,
         client_ids: tuple[Array, ...],
         round_index: Array,
+        /,
     ) -> tuple[Download, ...]: ...
 
 
@@ -67,6 +68,7 @@ class ClientUpdate(Protocol):
         data: ClientData,
         hyper: Any,
         round_index: Array,
+        /,
     ) -> tuple[PyTree, PyTree, Metrics]: ...
 
 
@@ -77,7 +79,7 @@ class Reduce(Protocol):
     exists at once. Weight 0 must give zeros.
     """
 
-    def __call__(self, spec: CohortSpec, upload: PyTree, weight: Array) -> PyTree: ...
+    def __call__(self, spec: CohortSpec, upload: PyTree, weight: Array, /) -> PyTree: ...
 
 
 class ServerAggregate(Protocol):
@@ -98,6 +100,7 @@ class ServerAggregate(Protocol):
         weights: tuple[Array, ...],
         client_ids: tuple[Array, ...],
         round_index: Array,
+        /,
     ) -> tuple[PyTree, Metrics]: ...
 
 
@@ -109,7 +112,7 @@ class BuildAdapters(Protocol):
     """
 
     def __call__(
-        self, spec: CohortSpec, server: PyTree, client: PyTree, download: Download | None
+        self, spec: CohortSpec, server: PyTree, client: PyTree, download: Download | None, /
     ) -> Adapters: ...
 
 

@@ -80,7 +80,7 @@ def batch_reader(
 
 def run_steps(
     budget: Budget, key: Array, data: ClientData, carry: PyTree, step_fn: StepFn
-) -> tuple[PyTree, Metrics]:
+) -> tuple[PyTree, dict[str, Array]]:
     """Run one client's steps of one round: -> (carry, means of the metrics over its steps).
 
     The loop ends where the client's own batches end, so a batch of clients costs as many steps as the

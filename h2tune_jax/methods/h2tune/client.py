@@ -43,7 +43,7 @@ def init_client(
     factor_key, head_key, scores_key, index_key, relation_key = jax.random.split(key, 5)
 
     scores = None
-    if options.selection == "block":
+    if start.scores is not None:
         scores = jnp.broadcast_to(start.scores, (layers, num_kinds, size))
     elif options.has_scores:
         scores = triple.uniform(scores_key, (layers, num_kinds, size, size), size, dtype)
@@ -77,18 +77,17 @@ def init_client(
         head=None if spec.init_head_fn is None else spec.init_head_fn(head_key),
         relation=own_relation,
         scores=scores,
-        index=index,
+        active=index,
         middle=none_yet,
         trained=jnp.zeros((), bool),
         shared_opt=(),
         own_opt=(),
     )
     if options.optimizer_state == "kept":
-        assert options.optimizer is not None
         shared = shared_part(options, client, common.middle)
         client = client._replace(
-            shared_opt=options.optimizer.init(shared),
-            own_opt=options.optimizer.init(own_part(options, client)),
+            shared_opt=options.transform.init(shared),
+            own_opt=options.transform.init(own_part(options, client)),
         )
     return client
 
@@ -108,13 +107,13 @@ def at_download(
             a[kind], b[kind] = jax.vmap(triple.realign)(
                 client.a[kind],
                 client.b[kind],
-                coordinates(client.index[:, place]),
+                coordinates(client.active[:, place]),
                 coordinates(index[:, place]),
                 columns,
                 None if rows is None else rows.mT,
             )
         client = client._replace(a=a, b=b)
-    return client._replace(index=index)
+    return client._replace(active=index)
 
 
 def client_update(
@@ -129,7 +128,6 @@ def client_update(
     round_index: Array,
 ) -> tuple[H2TuneClient, H2TuneUpload, dict]:
     """Download and select, train in halves (or jointly, in a warm start), upload G_i."""
-    assert options.optimizer is not None
     common: H2TuneDownload = download.common
     client = at_download(options, spec, client, common)
     shared, own = shared_part(options, client, common.middle), own_part(options, client)
@@ -138,9 +136,9 @@ def client_update(
     state = LocalState(
         shared=shared,
         own=own,
-        shared_opt=client.shared_opt if kept else options.optimizer.init(shared),
-        own_opt=client.own_opt if kept else options.optimizer.init(own),
-        touched=here.entries(client.index),
+        shared_opt=client.shared_opt if kept else options.transform.init(shared),
+        own_opt=client.own_opt if kept else options.transform.init(own),
+        touched=here.entries(client.active),
     )
 
     def run(step_fn) -> tuple[LocalState, dict]:
@@ -173,7 +171,7 @@ def client_update(
         head=state.own["head"],
         relation=state.shared.get("relation", client.relation),
         scores=state.shared.get("scores", client.scores),
-        index=here.selection(state.shared),
+        active=here.selection(state.shared),
         middle=middle,
         trained=client.trained | (metrics["steps"] > 0),
         shared_opt=state.shared_opt if kept else (),
@@ -199,5 +197,5 @@ def adapters(
     if download is not None:
         client = at_download(options, spec, client, download.common)
         middle = relation.mix(client.relation, download.common.middle)
-    core = triple.core(middle, client.index)
+    core = triple.core(middle, client.active)
     return Adapters(site_adapters(options, spec, client.a, client.b, core), client.head)

@@ -139,6 +139,12 @@ class H2TuneOptions:
             )
 
     @property
+    def transform(self) -> optax.GradientTransformation:
+        """The optimiser of both halves."""
+        assert self.optimizer is not None  # set in __post_init__
+        return self.optimizer
+
+    @property
     def entrywise(self) -> bool:
         """Single entries are selected, so rows and columns of T have no common meaning."""
         return self.selection in triple.ENTRYWISE

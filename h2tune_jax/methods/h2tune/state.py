@@ -44,7 +44,7 @@ class H2TuneClient(NamedTuple):
     head: PyTree
     relation: Array  # T[L, Li]
     scores: Array | None  # T[Li, Ki, R] (block) or T[Li, Ki, R, R]
-    index: Array  # i32[Li, Ki, r*r], the last selection
+    active: Array  # i32[Li, Ki, r*r], the last selection
     middle: Array  # T[Li, Ki, R, R], M at the end of the last local training
     trained: Array  # bool[], has the client ever taken part
     shared_opt: PyTree  # optimiser states where they are kept between rounds, else ()

@@ -48,7 +48,7 @@ def select(
 ) -> Array:
     """Choose the active entries, i32[Li, Ki, r*r]."""
     if options.selection == "random":
-        return client.index  # drawn once, at the client's start
+        return client.active  # drawn once, at the client's start
     return triple.select(scores, spec.rank, strategy=options.selection, middle=middle)
 
 
@@ -96,7 +96,7 @@ class LocalRound(NamedTuple):
     def selection(self, shared: Part) -> Array:
         """Return the active entries at this step."""
         if self.options.select_at == "download":
-            return self.client.index
+            return self.client.active
         scores = shared.get("scores", self.client.scores)
         middle = middle_of(self.options, self.client, shared)
         return select(self.options, self.spec, self.client, scores, middle)
@@ -166,7 +166,7 @@ class LocalRound(NamedTuple):
         rate = self.pace(self.hyper.shared_rate, step, num_steps)
         rates = dict.fromkeys(state.shared, rate)
         shared, opt = descend(
-            self.options.optimizer, grads, state.shared_opt, state.shared, rates, keep=keep
+            self.options.transform, grads, state.shared_opt, state.shared, rates, keep=keep
         )
         return state._replace(shared=shared, shared_opt=opt, touched=touched)
 
@@ -176,7 +176,7 @@ class LocalRound(NamedTuple):
         rates["head"] = self.pace(self.hyper.head_rate, step, num_steps)
         decay = dict.fromkeys(state.own, self.hyper.weight_decay)
         own, opt = descend(
-            self.options.optimizer, grads, state.own_opt, state.own, rates, decay=decay
+            self.options.transform, grads, state.own_opt, state.own, rates, decay=decay
         )
         return state._replace(own=own, own_opt=opt)
 
