@@ -35,7 +35,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 test: lint types
-	$(BIN)/pytest -q -n $(JOBS) -m "not slow and not gpu"
+	$(BIN)/pytest -q -n $(JOBS) --dist loadgroup -m "not slow and not gpu"
 
 test-slow: $(VENV)/.test
 	$(BIN)/pytest -q -m "slow and not gpu"

@@ -7,6 +7,7 @@ from h2tune_jax.adapters import relation, triple
 from h2tune_jax.adapters.site import SiteAdapter, adapted
 from h2tune_jax.evaluate import make_evaluate
 from h2tune_jax.method import FederatedMethod
+from h2tune_jax.methods.fedavg import fedavg
 from h2tune_jax.methods.h2tune import REFERENCE, H2TuneHyper, H2TuneOptions, h2tune, shared_kinds
 from h2tune_jax.methods.local import local
 from h2tune_jax.round import RoundMetrics, init_round, make_round
@@ -43,6 +44,7 @@ __all__ = [
     "SiteAdapter",
     "adapted",
     "cosine_schedule",
+    "fedavg",
     "h2tune",
     "init_round",
     "local",

@@ -126,7 +126,8 @@ def descend(
     has a mask a leaf, or None: where it is False the parameter stays as it is, whatever the optimiser's
     moments say.
     """
-    updates, state = optimizer.update(grads, state, params)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+        updates, state = optimizer.update(grads, state, params)
     decay = jax.tree.map(lambda _: None, params) if decay is None else _broadcast(decay, params)
     keep = jax.tree.map(lambda _: None, params) if keep is None else keep
 

@@ -56,7 +56,8 @@ def select(
     Returns flat positions row * R + column, in ascending order. `block` takes the r coordinates of
     largest score and pairs them; `leading` the first r. `score` and `score_frozen` take the r*r
     entries of largest score, `magnitude` those of largest |middle|, `random` r*r drawn from `key`.
-    Ties go to the lower index, and 0.0 ties with -0.0. `leading` and `random` need only the shape of
+    Ties go to the lower index, and 0.0 ties with -0.0 (and with
+    subnormal numbers, which XLA takes for zero). `leading` and `random` need only the shape of
     `scores` or `middle`.
     """
     if strategy not in STRATEGIES:
@@ -195,6 +196,8 @@ def apply(
             f"site shapes do not fit: x {x.shape}, w {w.shape}, a {a.shape}, b {b.shape}; "
             "declared widths (D, F) must be those of the weight, used as x @ w"
         )
+    if x.dtype != w.dtype:
+        raise FederationError(f"mixed dtypes: x is {x.dtype}, the frozen weight {w.dtype}")
     return x @ w + update(x, a, core, b, scale=scale, residual=residual)
 
 

@@ -1,0 +1,94 @@
+"""FedAvg (McMahan et al. 2017, arXiv 1602.05629) of whole models.
+
+What a cohort trains and shares is its `head`: all the parameters that `init_head_fn` makes. A model
+without a frozen base puts everything there, and has no adapted sites.
+A client keeps nothing between rounds, so it is evaluated on the server's model at either moment.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from h2tune_jax import aggregate
+from h2tune_jax.check import check_positive
+from h2tune_jax.method import FederatedMethod
+from h2tune_jax.training import descend, run_steps, scalar_metrics
+from h2tune_jax.types import Adapters, Array, Download, FederationError, PyTree, Specs, fold_name
+
+
+class FedAvgHyper(NamedTuple):
+    """Traced settings."""
+
+    learning_rate: Array
+
+
+def fedavg(
+    *, learning_rate: float = 0.1, optimizer: optax.GradientTransformation | None = None
+) -> FederatedMethod:
+    """Build FedAvg: every cohort's clients start from its model, and the server takes their mean.
+
+    Args:
+      learning_rate: of the clients.
+      optimizer: a transformation without a learning rate, restarted every round; None means SGD.
+    """
+    check_positive("learning_rate", learning_rate)
+    optimizer = optax.identity() if optimizer is None else optimizer
+
+    def check(specs: Specs) -> None:
+        for spec in specs:
+            if spec.init_head_fn is None:
+                raise FederationError(f"cohort {spec.name!r}: init_head_fn is missing")
+
+    def init_server(specs, key, bases, probe) -> dict[str, PyTree]:
+        del bases, probe
+        return {spec.name: spec.init_head_fn(fold_name(key, spec.name)) for spec in specs}
+
+    def broadcast(specs, key, server, client_ids, round_index) -> tuple[Download, ...]:
+        del key, client_ids, round_index
+        return tuple(Download(server[spec.name], ()) for spec in specs)
+
+    def client_update(spec, key, base, client, download, data, hyper, round_index):
+        del round_index
+        start = download.common
+
+        def step_fn(carry, batch, key, step, num_steps):
+            del step, num_steps
+            params, opt = carry
+            objective = lambda params: spec.loss_fn(Adapters({}, params), base, batch, key)
+            (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
+            params, opt = descend(optimizer, grads, opt, params, hyper.learning_rate)
+            where = f"cohort {spec.name!r}"
+            return (params, opt), {**scalar_metrics(where, metrics), "loss": loss}
+
+        carry = start, optimizer.init(start)
+        (params, _), metrics = run_steps(spec.budget, key, data, carry, step_fn)
+        return client, jax.tree.map(jnp.subtract, params, start), metrics
+
+    def server_aggregate(
+        specs, key, server, bases, probe, uploads, weights, client_ids, round_index
+    ):
+        del key, bases, probe, weights, client_ids, round_index
+
+        def move(params, part):
+            if part is None:
+                return params
+            none = jax.tree.map(jnp.zeros_like, params)
+            return jax.tree.map(jnp.add, params, aggregate.mean_or_keep(*part, none))
+
+        moved = {spec.name: move(server[spec.name], part) for spec, part in zip(specs, uploads)}
+        return moved, {}
+
+    return FederatedMethod(
+        name="fedavg",
+        hyper=FedAvgHyper(jnp.asarray(learning_rate, jnp.result_type(float))),
+        init_server=init_server,
+        init_client=lambda spec, key, base, download: (),
+        broadcast=broadcast,
+        client_update=client_update,
+        reduce=lambda spec, upload, weight: aggregate.weighted_part(upload, weight),
+        server_aggregate=server_aggregate,
+        adapters=lambda spec, server, client, download: Adapters({}, server[spec.name]),
+        check=check,
+    )

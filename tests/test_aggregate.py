@@ -1,0 +1,80 @@
+"""Server maths: linear, permutation-invariant, exact for equal clients, masked entry by entry."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from h2tune_jax import aggregate
+
+
+@st.composite
+def cohorts(draw):
+    clients, width = draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    rng = np.random.default_rng(draw(st.integers(0, 2**31 - 1)))
+    values = rng.normal(size=(clients, width)).astype(np.float32)
+    weights = rng.choice([0.0, 0.5, 1.0, 3.0], size=clients).astype(np.float32)
+    masks = rng.random((clients, width)) < 0.6
+    previous = rng.normal(size=width).astype(np.float32)
+    return values, weights, masks, previous
+
+
+def by_definition(values, weights, masks, previous):
+    share = weights[:, None].astype(np.float64) * masks
+    total = (share * values).sum(axis=0)
+    counted = share.sum(axis=0)
+    return np.where(counted > 0, total / np.where(counted > 0, counted, 1), previous)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cohorts())
+def test_masked_mean_by_its_definition(drawn):
+    values, weights, masks, previous = drawn
+    mean = aggregate.masked_mean(*map(jnp.asarray, (values, weights, previous, masks)))
+    np.testing.assert_allclose(mean, by_definition(*drawn), rtol=1e-5, atol=1e-6)
+    nobody = ~(masks & (weights[:, None] > 0)).any(axis=0)
+    np.testing.assert_array_equal(np.asarray(mean)[nobody], previous[nobody])
+
+
+@settings(deadline=None, max_examples=30)
+@given(cohorts(), st.randoms(use_true_random=False), st.floats(-2, 2))
+def test_linear_and_invariant_to_order(drawn, shuffler, factor):
+    values, weights, masks, previous = map(jnp.asarray, drawn)
+    mean = aggregate.masked_mean(values, weights, previous, masks)
+    order = np.arange(len(weights))
+    shuffler.shuffle(order)
+    again = aggregate.masked_mean(values[order], weights[order], previous, masks[order])
+    np.testing.assert_allclose(mean, again, rtol=1e-5, atol=1e-6)
+    scaled = aggregate.masked_mean(factor * values, weights, factor * previous, masks)
+    np.testing.assert_allclose(scaled, factor * mean, rtol=1e-5, atol=1e-5)
+    doubled = aggregate.masked_mean(values, 2 * weights, previous, masks)
+    np.testing.assert_allclose(doubled, mean, rtol=1e-6, atol=1e-7)
+
+
+@settings(deadline=None, max_examples=30)
+@given(cohorts())
+def test_equal_clients_keep_their_value(drawn):
+    values, weights, _, previous = map(jnp.asarray, drawn)
+    equal = jnp.broadcast_to(values[:1], values.shape)
+    mean = aggregate.masked_mean(equal, weights, previous)
+    expected = values[0] if weights.sum() > 0 else previous
+    np.testing.assert_allclose(mean, expected, rtol=3e-7)
+
+
+def test_what_is_masked_out_may_be_anything():
+    values = jnp.array([[1.0, jnp.inf], [3.0, 5.0], [jnp.nan, jnp.nan]])
+    masks = jnp.array([[True, False], [True, True], [True, True]])
+    mean = aggregate.masked_mean(values, jnp.array([1.0, 1.0, 0.0]), jnp.zeros(2), masks)
+    np.testing.assert_array_equal(mean, [2.0, 5.0])
+
+
+def test_parts_add_up_over_trees():
+    trees = {"a": jnp.arange(6.0).reshape(3, 2), "b": jnp.ones((3, 1, 2))}
+    weights = jnp.array([1.0, 2.0, 1.0])
+    parts = jax.vmap(aggregate.weighted_part)(trees, weights)
+    total, share = jax.tree.map(lambda leaf: leaf.sum(axis=0), parts)
+    zeros = jax.tree.map(lambda leaf: leaf[0], trees)
+    mean = aggregate.mean_or_keep(total, share, zeros)
+    np.testing.assert_allclose(mean["a"], [2.0, 3.0])
+    np.testing.assert_allclose(mean["b"], [[1.0, 1.0]])

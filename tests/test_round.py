@@ -1,0 +1,241 @@
+"""The engine: participation, steps, devices, memory, and rounds inside other transformations."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+import h2tune_jax as h2
+
+METHOD = h2.h2tune(learning_rate=0.02)
+# Half the compile time, where the alternation is not what is tested.
+JOINT = h2.h2tune(learning_rate=0.02, alternation="joint")
+
+
+def arguments(method, specs=None, ids=toy.EVERYONE, weights=toy.EVERYONE):
+    specs = toy.make_specs() if specs is None else specs
+    return toy.make_bases(), toy.make_data(specs), ids, weights, method.hyper
+
+
+def test_clients_take_as_many_steps_as_they_have_batches():
+    specs = toy.make_specs(budget=h2.Budget(batch_size=4, epochs=2))
+    round_fn = h2.make_round(JOINT, specs)
+    _, metrics = round_fn(toy.start(JOINT, specs), *arguments(JOINT, specs), toy.SEED)
+    # 10, 9, 8, 7, 6 and 10, 9, 8 examples in batches of 4, twice.
+    np.testing.assert_array_equal(metrics.clients["narrow"]["steps"], [6, 6, 4, 4, 4])
+    np.testing.assert_array_equal(metrics.clients["wide"]["steps"], [6, 6, 4])
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_rows_beyond_a_clients_examples_do_not_matter(shuffle):
+    specs = toy.make_specs(budget=h2.Budget(batch_size=4, steps=5, shuffle=shuffle))
+    round_fn = h2.make_round(JOINT, specs, donate=False)
+    state = toy.start(JOINT, specs)
+    bases, data, *rest = arguments(JOINT, specs)
+
+    def spoil(rows):
+        beyond = jnp.arange(10)[None, :] >= rows.num_examples[:, None]
+        x = jnp.where(beyond[..., None], -7.0, rows.examples["x"])
+        y = jnp.where(beyond, 0, rows.examples["y"])
+        return rows._replace(examples={"x": x, "y": y})
+
+    one, seen = round_fn(state, bases, data, *rest, toy.SEED)
+    other, _ = round_fn(state, bases, tuple(spoil(rows) for rows in data), *rest, toy.SEED)
+    toy.assert_trees_equal(one, other)
+    np.testing.assert_array_equal(seen.clients["narrow"]["steps"], 5)
+
+
+def test_rounds_scan_and_runs_map_over_seeds_and_rates():
+    specs = toy.make_specs()
+    bases, data, ids, weights, hyper = arguments(METHOD)
+    round_fn = h2.make_round(METHOD, specs, donate=False)
+
+    def run(seed, rate):
+        state = h2.init_round(METHOD, specs, bases, None, jax.random.key(seed))
+        settings = hyper._replace(learning_rate=rate, shared_rate=2 * rate)
+        step = lambda state, _: round_fn(state, bases, data, ids, weights, settings, seed)
+        return jax.lax.scan(step, state, length=3)
+
+    seeds, rates = jnp.array([1, 2], jnp.uint32), jnp.array([0.01, 0.03])
+    grid = jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))(seeds, rates)
+    for i, seed in enumerate(seeds):
+        for j, rate in enumerate(rates):
+            state = h2.init_round(METHOD, specs, bases, None, jax.random.key(seed))
+            settings = hyper._replace(learning_rate=rate, shared_rate=2 * rate)
+            for k in range(3):
+                state, metrics = round_fn(state, bases, data, ids, weights, settings, seed)
+                here = jax.tree.map(lambda x, at=(i, j, k): x[at], grid[1])
+                toy.assert_trees_close(here, metrics, rtol=2e-3, atol=2e-4)
+            last = jax.tree.map(lambda x, at=(i, j): x[at], grid[0])
+            toy.assert_trees_close(last.server, state.server, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("client_axis", ["scan", "vmap"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_eight_devices_give_the_same_round_as_one(cpu_devices, client_axis, sampled):
+    specs = toy.make_specs()
+    ids = (jnp.array([4, 0, 2]), jnp.array([1])) if sampled else toy.EVERYONE
+    weights = (jnp.array([1.0, 3.0, 0.5]), jnp.array([2.0])) if sampled else toy.EVERYONE
+    args = arguments(JOINT, ids=ids, weights=weights)
+    state = toy.stir(toy.start(JOINT))
+    alone = h2.make_round(JOINT, specs, client_axis=client_axis, donate=False)
+    mesh = jax.make_mesh(
+        (8,), ("clients",), devices=cpu_devices, axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    together = h2.make_round(JOINT, specs, client_axis=client_axis, mesh=mesh, donate=False)
+    expected = alone(state, *args, toy.SEED)
+    toy.assert_trees_close(together(state, *args, toy.SEED), expected)
+    text = together.lower(state, *args, toy.SEED).compile().as_text()
+    assert "all-reduce" in text  # the uploads were summed across devices
+    assert "num_partitions=8" in text
+
+
+def test_rows_of_participants_give_the_same_round_as_the_whole_cohort():
+    specs = toy.make_specs()
+    state = toy.stir(toy.start(JOINT))
+    ids = jnp.array([4, 1]), jnp.array([2, 0])
+    bases, data, _, weights, hyper = arguments(JOINT)
+    whole, seen = h2.make_round(JOINT, specs, donate=False)(
+        state, bases, data, ids, weights, hyper, toy.SEED
+    )
+    pick = lambda trees: tuple(
+        jax.tree.map(lambda x, i=i: x[i], tree) for tree, i in zip(trees, ids)
+    )
+    rows = state._replace(clients=pick(state.clients))
+    part, seen_part = h2.make_round(JOINT, specs, resident=False)(
+        rows, bases, pick(data), ids, weights, hyper, toy.SEED
+    )
+    toy.assert_trees_equal(part.clients, pick(whole.clients))
+    toy.assert_trees_equal(part.server, whole.server)
+    toy.assert_trees_equal(seen_part, seen)
+
+
+def wide_federation(num_clients):
+    """One cohort whose base outweighs everything else that a client needs."""
+    spec = toy.cohort(
+        "wide", width=256, depth=4, rank=2, kinds=("q",), classes=2, num_clients=num_clients
+    )
+    specs = (spec,)
+    base = toy.init_base(0, 256, 4, ("q",))
+    rng = np.random.default_rng(0)
+    examples = {
+        "x": jnp.asarray(rng.normal(size=(num_clients, 4, toy.INPUT)), jnp.float32),
+        "y": jnp.zeros((num_clients, 4), jnp.int32),
+    }
+    data = h2.ClientData(examples, jnp.full(num_clients, 4, jnp.int32))
+    state = h2.init_round(JOINT, specs, (base,), None, jax.random.key(0))
+    return specs, state, ((base,), (data,), (None,), (None,), JOINT.hyper)
+
+
+@pytest.mark.parametrize("client_axis", ["scan", "vmap"])
+def test_the_frozen_base_is_never_copied_per_client(client_axis):
+    specs, state, args = wide_federation(16)
+    round_fn = h2.make_round(JOINT, specs, client_axis=client_axis)
+    memory = round_fn.lower(state, *args, toy.SEED).compile().memory_analysis()
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    base, clients = size(args[0]), size(state.clients)
+    assert base > 1_000_000
+    # Sixteen bases would be 16 MB. What is left is personal: state, gradients, moments.
+    assert memory.temp_size_in_bytes < base + 6 * clients
+
+
+def test_buffers_are_donated():
+    specs, state, args = wide_federation(16)
+    round_fn = h2.make_round(JOINT, specs)
+    memory = round_fn.lower(state, *args, toy.SEED).compile().memory_analysis()
+    personal = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.clients))
+    assert memory.alias_size_in_bytes >= personal
+    factors = state.clients[0].a["q"]
+    round_fn(state, *args, toy.SEED)
+    assert factors.is_deleted()
+
+
+def test_a_round_moves_nothing_between_host_and_device():
+    specs = toy.make_specs()
+    round_fn = h2.make_round(METHOD, specs)
+    args = (*arguments(METHOD), jnp.uint32(3))
+    compiled = round_fn.lower(toy.start(METHOD), *args).compile()
+    assert not re.search(r"callback|infeed|outfeed|host-transfer", compiled.as_text())
+    state = toy.start(METHOD)
+    with jax.transfer_guard("disallow"):
+        for _ in range(2):
+            state, _ = round_fn(state, *args)
+    assert int(state.round) == 2
+
+
+def test_a_new_seed_or_round_reorders_the_examples():
+    specs = toy.make_specs()
+    round_fn = h2.make_round(JOINT, specs, donate=False)
+    state = toy.start(JOINT)
+    args = arguments(JOINT)
+    loss = lambda state, seed: np.asarray(
+        round_fn(state, *args, np.uint32(seed))[1].clients["narrow"]["loss"]
+    )
+    assert (loss(state, 1) != loss(state, 2)).all()
+    later = state._replace(round=state.round + 1)
+    assert (loss(state, 1) != loss(later, 1)).any()
+    np.testing.assert_array_equal(loss(state, 1), loss(state, 1))
+
+
+def test_the_order_of_cohorts_changes_no_clients_randomness():
+    specs = toy.make_specs()
+    state = toy.start(h2.local())
+    reverse = lambda pair: pair[::-1]
+    backwards = h2.init_round(
+        h2.local(), reverse(specs), reverse(toy.make_bases()), None, jax.random.key(11)
+    )
+    toy.assert_trees_equal(reverse(backwards.clients), state.clients)
+
+
+@pytest.mark.parametrize("budget", [{"epochs": 2}, {"steps": 7}])
+@pytest.mark.parametrize("held", [1, 7, 8, 11])
+def test_an_epoch_visits_every_example_once(budget, held):
+    from h2tune_jax.training import batch_reader, count_steps
+
+    budget = h2.Budget(batch_size=4, **budget)
+    data = h2.ClientData({"x": jnp.arange(11)}, jnp.int32(held))
+    read = batch_reader(budget, jax.random.key(3), data)
+    per_epoch = -(-held // 4)
+    if budget.epochs:
+        assert int(count_steps(budget, data.num_examples)) == 2 * per_epoch
+    else:
+        assert int(count_steps(budget, data.num_examples)) == 7
+    orders = []
+    for epoch in range(2):
+        seen = []
+        for step in range(per_epoch):
+            batch = read(jnp.int32(epoch * per_epoch + step))
+            seen += np.asarray(batch.examples["x"])[np.asarray(batch.mask)].tolist()
+        assert sorted(seen) == list(range(held))
+        orders.append(seen)
+    if held > 7:
+        assert orders[0] != orders[1]
+
+
+def test_dropout_is_drawn_in_training_and_absent_from_evaluation():
+    data = toy.make_data(toy.make_specs())
+    losses = {}
+    for rate in (0.0, 0.5):
+        specs = toy.make_specs(dropout=rate)
+        state = toy.stir(toy.start(JOINT, specs))
+        evaluate = h2.make_evaluate(JOINT, specs, batch_size=4)
+        losses[rate] = evaluate(state, toy.make_bases(), data)["narrow"]["loss"]
+        round_fn = h2.make_round(JOINT, specs)
+        _, metrics = round_fn(state, *arguments(JOINT, specs), toy.SEED)
+        losses["train", rate] = metrics.clients["narrow"]["loss"]
+    np.testing.assert_array_equal(losses[0.0], losses[0.5])
+    assert (np.asarray(losses["train", 0.0]) != np.asarray(losses["train", 0.5])).all()
+
+
+def test_budget_may_differ_between_cohorts():
+    narrow, wide = toy.make_specs()
+    wide = dataclasses.replace(wide, budget=h2.Budget(batch_size=2, steps=3))
+    specs = (narrow, wide)
+    _, metrics = h2.make_round(JOINT, specs)(
+        toy.start(JOINT, specs), *arguments(JOINT, specs), toy.SEED
+    )
+    np.testing.assert_array_equal(metrics.clients["wide"]["steps"], [3, 3, 3])
