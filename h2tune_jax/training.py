@@ -20,6 +20,7 @@ def cosine_schedule(warmup: float = 0.0) -> Schedule:
     """Rise linearly over the first `warmup` of a round's steps, then fall to zero as a half cosine."""
 
     def multiplier(step: Array, num_steps: Array) -> Array:
+        step, num_steps = step.astype(jnp.float32), num_steps.astype(jnp.float32)
         rise = jnp.ceil(warmup * num_steps)
         climb = step / jnp.maximum(rise, 1)
         along = (step - rise) / jnp.maximum(num_steps - rise, 1)
