@@ -1,0 +1,569 @@
+"""The Triton kernels of the sparse triple-matrix product. Importing this file imports Triton.
+
+The forward of one client, s = scale, I kept or dropped:
+
+    u = x A          z = u (I + T)          y = x W + bias + s z B
+
+and with dy the cotangent of y (W is frozen, so there is no dW):
+
+    g  = s dy B^T                       dL/dz
+    du = g (I + T)^T                    dL/du
+    dx = dy W^T + du A^T
+    dA = x^T du      dT = u^T g      dB = s z^T dy      dbias = sum over rows of dy
+
+The two halves mirror each other: (x, A, T, W, B) read forward is (dy, B^T, T^T, W^T, A^T) read
+backward. So four kernels do both, told apart by strides:
+
+    down    u, z   from x, A, T     or   g, du  from dy, B^T, T^T        reads the wide input once
+    up      s z B + bias            or   du A^T                          writes the wide output once
+    fused   down, x W and up in one pass over x, W and y
+    outer   x^T du,  (s z^T dy)^T,  u^T g                                reads the wide input once
+
+Rules that hold in all of them:
+
+- Every operand has a client axis; one that all clients share has client stride 0.
+- Shapes and strides are compile-time constants, so that the compiler sees their divisibility.
+- Inputs are rounded to the dtype of x (`STORE`), products accumulate in float32, and u, z, g, du are
+  rounded to the dtype of x before they enter the next product. UPCAST widens the rounded operands
+  before each product, for an interpreter that has no bfloat16 product.
+- Rank columns at or beyond a client's rank are read as zero and written as zero. With RAGGED, a
+  program runs the narrowest of the widths 16, 32, 64, 128 that holds its client's rank, so a client
+  pays for its own rank and not for the largest.
+- Offsets within a tile, one client's W, or one split's rows are 32 bits; where those start is 64.
+- No atomics: every output element has one writer, and sums over splits are summed in order.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["down_kernel", "fused_kernel", "outer_kernel", "up_kernel"]
+
+# float32 products as three products of the matrix unit: float32's accuracy at a third of tf32's
+# rate, where the exact products of the scalar units would need more registers than there are.
+# 16-bit operands do not look at it.
+EXACT = tl.constexpr("tf32x3")
+
+
+@triton.jit
+def _operand(value, STORE: tl.constexpr, UPCAST: tl.constexpr):
+    """Round to the storage dtype, then widen if the product has to run in float32."""
+    value = value.to(STORE)
+    if UPCAST:
+        value = value.to(tl.float32)
+    return value
+
+
+@triton.jit
+def _below(offsets, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
+    """offsets < LIMIT; a constant, which the compiler drops, where BLOCK divides LIMIT."""
+    return tl.full(offsets.shape, True, tl.int1) if LIMIT % BLOCK == 0 else offsets < LIMIT
+
+
+@triton.jit
+def _core_tile(
+    core_ptr,
+    index_ptr,
+    rank,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    SPARSE: tl.constexpr,
+):
+    """T or its transpose as a [W, W] tile; SPARSE reads middle[index] in place of T."""
+    i = tl.arange(0, W)[:, None]
+    j = tl.arange(0, W)[None, :]
+    inside = (i < rank) & (j < rank)
+    if TRANSPOSE:
+        position = j * R + i
+    else:
+        position = i * R + j
+    if SPARSE:
+        position = tl.load(index_ptr + position, mask=inside, other=0)
+    return tl.load(core_ptr + position, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_rank(
+    ptr, value, row_mask, R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr
+):
+    """Store a [BM, W] tile into rows of length R and write zero from W up to R."""
+    rows = tl.arange(0, BM)[:, None]
+    cols = tl.arange(0, W)[None, :]
+    tl.store(ptr + rows * R + cols, value, mask=row_mask[:, None] & (cols < R))
+    if W < WIDE:
+        rest = tl.arange(0, WIDE)[None, :]
+        zero = tl.zeros((BM, WIDE), value.dtype)
+        tl.store(ptr + rows * R + rest, zero, mask=row_mask[:, None] & (rest >= W) & (rest < R))
+
+
+@triton.jit
+def _down(
+    x_ptr,
+    a_ptr,
+    core_ptr,
+    index_ptr,
+    scale,
+    rank,
+    u_ptr,
+    z_ptr,
+    row_mask,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    A_K: tl.constexpr,
+    A_R: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    SPARSE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    W: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    STORE: tl.constexpr = x_ptr.dtype.element_ty
+    rows = tl.arange(0, BM)
+    cols = tl.arange(0, W)
+    ks = tl.arange(0, BK)
+    acc = tl.zeros((BM, W), tl.float32)
+    for k in range(0, K, BK):
+        inside = _below(k + ks, K, BK)
+        x = tl.load(
+            x_ptr + rows[:, None] * K + (k + ks)[None, :],
+            mask=row_mask[:, None] & inside[None, :],
+            other=0.0,
+        )
+        a = tl.load(
+            a_ptr + (k + ks)[:, None] * A_K + cols[None, :] * A_R,
+            mask=inside[:, None] & (cols < rank)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(
+            _operand(x, STORE, UPCAST), _operand(a, STORE, UPCAST), acc, input_precision=EXACT
+        )
+    u = (acc * scale).to(STORE)
+    core = _core_tile(core_ptr, index_ptr, rank, R, W, TRANSPOSE, SPARSE)
+    z = tl.dot(_operand(u, STORE, UPCAST), _operand(core, STORE, UPCAST), input_precision=EXACT)
+    if RESIDUAL:
+        z += u.to(tl.float32)
+    _store_rank(u_ptr, u, row_mask, R, W, WIDE, BM)
+    _store_rank(z_ptr, z.to(STORE), row_mask, R, W, WIDE, BM)
+
+
+@triton.jit
+def down_kernel(
+    x_ptr,
+    a_ptr,
+    core_ptr,
+    index_ptr,
+    scale_ptr,
+    ranks_ptr,
+    u_ptr,
+    z_ptr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    X_C: tl.constexpr,
+    A_C: tl.constexpr,
+    T_C: tl.constexpr,
+    I_C: tl.constexpr,
+    S_C: tl.constexpr,
+    R_C: tl.constexpr,
+    A_K: tl.constexpr,
+    A_R: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    SPARSE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SCALED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """u = scale x A and z = u (I + T) for one client and one block of rows."""
+    m = tl.program_id(0) * BM
+    c = tl.program_id(1).to(tl.int64)
+    row_mask = _below(m + tl.arange(0, BM), N, BM)
+    x_ptr += c * X_C + m.to(tl.int64) * K
+    a_ptr += c * A_C
+    core_ptr += c * T_C
+    index_ptr += c * I_C
+    out = (c * N + m) * R
+    u_ptr += out
+    z_ptr += out
+    scale = 1.0
+    if SCALED:
+        scale = tl.load(scale_ptr + c * S_C)
+    rank = R
+    if RAGGED:
+        rank = tl.load(ranks_ptr + c * R_C)
+    if RAGGED and WIDE > 16 and rank <= 16:
+        _down(x_ptr, a_ptr, core_ptr, index_ptr, scale, rank, u_ptr, z_ptr, row_mask, K, R,
+              A_K, A_R, TRANSPOSE, SPARSE, RESIDUAL, UPCAST, BM, BK, 16, WIDE)  # fmt: skip
+    elif RAGGED and WIDE > 32 and rank <= 32:
+        _down(x_ptr, a_ptr, core_ptr, index_ptr, scale, rank, u_ptr, z_ptr, row_mask, K, R,
+              A_K, A_R, TRANSPOSE, SPARSE, RESIDUAL, UPCAST, BM, BK, 32, WIDE)  # fmt: skip
+    elif RAGGED and WIDE > 64 and rank <= 64:
+        _down(x_ptr, a_ptr, core_ptr, index_ptr, scale, rank, u_ptr, z_ptr, row_mask, K, R,
+              A_K, A_R, TRANSPOSE, SPARSE, RESIDUAL, UPCAST, BM, BK, 64, WIDE)  # fmt: skip
+    else:
+        _down(x_ptr, a_ptr, core_ptr, index_ptr, scale, rank, u_ptr, z_ptr, row_mask, K, R,
+              A_K, A_R, TRANSPOSE, SPARSE, RESIDUAL, UPCAST, BM, BK, WIDE, WIDE)  # fmt: skip
+
+
+@triton.jit
+def _up(
+    z_ptr,
+    b_ptr,
+    rank,
+    row_mask,
+    col_mask,
+    n,
+    R: tl.constexpr,
+    B_R: tl.constexpr,
+    B_F: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    W: tl.constexpr,
+):
+    """z B for one tile, [BM, BN] in float32."""
+    STORE: tl.constexpr = z_ptr.dtype.element_ty
+    rows = tl.arange(0, BM)
+    cols = n + tl.arange(0, BN)
+    rs = tl.arange(0, W)
+    live = rs < rank
+    z = tl.load(
+        z_ptr + rows[:, None] * R + rs[None, :], mask=row_mask[:, None] & live[None, :], other=0.0
+    )
+    b = tl.load(
+        b_ptr + rs[:, None] * B_R + cols[None, :] * B_F,
+        mask=live[:, None] & col_mask[None, :],
+        other=0.0,
+    )
+    return tl.dot(_operand(z, STORE, UPCAST), _operand(b, STORE, UPCAST), input_precision=EXACT)
+
+
+@triton.jit
+def up_kernel(
+    z_ptr,
+    b_ptr,
+    bias_ptr,
+    scale_ptr,
+    ranks_ptr,
+    add_ptr,
+    y_ptr,
+    N: tl.constexpr,
+    F: tl.constexpr,
+    R: tl.constexpr,
+    B_C: tl.constexpr,
+    BIAS_C: tl.constexpr,
+    S_C: tl.constexpr,
+    R_C: tl.constexpr,
+    B_R: tl.constexpr,
+    B_F: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    ADD: tl.constexpr,
+    RAGGED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """y = scale z B (+ bias) (+ what already stands in y) for one client and one tile."""
+    n = tl.program_id(0) * BN
+    m = tl.program_id(1) * BM
+    c = tl.program_id(2).to(tl.int64)
+    rows = tl.arange(0, BM)
+    cols = n + tl.arange(0, BN)
+    row_mask = _below(m + rows, N, BM)
+    col_mask = _below(cols, F, BN)
+    z_ptr += (c * N + m) * R
+    b_ptr += c * B_C
+    rank = R
+    if RAGGED:
+        rank = tl.load(ranks_ptr + c * R_C)
+    if RAGGED and WIDE > 16 and rank <= 16:
+        acc = _up(z_ptr, b_ptr, rank, row_mask, col_mask, n, R, B_R, B_F, UPCAST, BM, BN, 16)
+    elif RAGGED and WIDE > 32 and rank <= 32:
+        acc = _up(z_ptr, b_ptr, rank, row_mask, col_mask, n, R, B_R, B_F, UPCAST, BM, BN, 32)
+    elif RAGGED and WIDE > 64 and rank <= 64:
+        acc = _up(z_ptr, b_ptr, rank, row_mask, col_mask, n, R, B_R, B_F, UPCAST, BM, BN, 64)
+    else:
+        acc = _up(z_ptr, b_ptr, rank, row_mask, col_mask, n, R, B_R, B_F, UPCAST, BM, BN, WIDE)
+    if SCALED:
+        acc *= tl.load(scale_ptr + c * S_C)
+    if BIAS:
+        bias = tl.load(bias_ptr + c * BIAS_C + cols, mask=col_mask, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    tile = (c * N + m) * F
+    mask = row_mask[:, None] & col_mask[None, :]
+    if ADD:
+        acc += tl.load(add_ptr + tile + rows[:, None] * F + cols[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+    tl.store(
+        y_ptr + tile + rows[:, None] * F + cols[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask
+    )
+
+
+@triton.jit
+def fused_kernel(
+    x_ptr,
+    w_ptr,
+    a_ptr,
+    core_ptr,
+    index_ptr,
+    b_ptr,
+    bias_ptr,
+    scale_ptr,
+    y_ptr,
+    u_ptr,
+    z_ptr,
+    CLIENTS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    R: tl.constexpr,
+    X_C: tl.constexpr,
+    W_C: tl.constexpr,
+    A_C: tl.constexpr,
+    T_C: tl.constexpr,
+    I_C: tl.constexpr,
+    B_C: tl.constexpr,
+    BIAS_C: tl.constexpr,
+    S_C: tl.constexpr,
+    W_K: tl.constexpr,
+    W_F: tl.constexpr,
+    A_K: tl.constexpr,
+    A_R: tl.constexpr,
+    B_R: tl.constexpr,
+    B_F: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    SPARSE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SCALE_DOWN: tl.constexpr,
+    SCALE_UP: tl.constexpr,
+    BIAS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """y = x W + scale z B + bias in one pass; the first column of programs also writes u and z.
+
+    Every program recomputes u for its rows beside x W, from the same x tile: WIDE / BN more
+    arithmetic, and not one byte more of x. Rows of all clients are walked in groups of GROUP row
+    blocks, column block by column block, so that a tile of W serves neighbouring clients from L2.
+    """
+    STORE: tl.constexpr = x_ptr.dtype.element_ty
+    ROW_BLOCKS: tl.constexpr = (N + BM - 1) // BM
+    COL_BLOCKS: tl.constexpr = (F + BN - 1) // BN
+    TOTAL: tl.constexpr = ROW_BLOCKS * CLIENTS
+    pid = tl.program_id(0)
+    group = pid // (GROUP * COL_BLOCKS)
+    size = min(TOTAL - group * GROUP, GROUP)
+    within = pid % (GROUP * COL_BLOCKS)
+    row_block = group * GROUP + within % size
+    col_block = within // size
+    client = row_block // ROW_BLOCKS
+    m = (row_block % ROW_BLOCKS) * BM
+    n = col_block * BN
+    c = client.to(tl.int64)
+
+    rows = tl.arange(0, BM)
+    cols = n + tl.arange(0, BN)
+    rs = tl.arange(0, WIDE)
+    ks = tl.arange(0, BK)
+    row_mask = _below(m + rows, N, BM)
+    col_mask = _below(cols, F, BN)
+    x_ptr += c * X_C + m.to(tl.int64) * K
+    w_ptr += c * W_C
+    a_ptr += c * A_C
+    acc = tl.zeros((BM, BN), tl.float32)
+    acc_u = tl.zeros((BM, WIDE), tl.float32)
+    for k in range(0, K, BK):
+        inside = _below(k + ks, K, BK)
+        x = tl.load(
+            x_ptr + rows[:, None] * K + (k + ks)[None, :],
+            mask=row_mask[:, None] & inside[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            w_ptr + (k + ks)[:, None] * W_K + cols[None, :] * W_F,
+            mask=inside[:, None] & col_mask[None, :],
+            other=0.0,
+        )
+        a = tl.load(
+            a_ptr + (k + ks)[:, None] * A_K + rs[None, :] * A_R,
+            mask=inside[:, None] & (rs < R)[None, :],
+            other=0.0,
+        )
+        x = _operand(x, STORE, UPCAST)
+        acc = tl.dot(x, _operand(w, STORE, UPCAST), acc, input_precision=EXACT)
+        acc_u = tl.dot(x, _operand(a, STORE, UPCAST), acc_u, input_precision=EXACT)
+    if SCALE_DOWN:
+        acc_u *= tl.load(scale_ptr + c * S_C)
+    u = acc_u.to(STORE)
+    core = _core_tile(core_ptr + c * T_C, index_ptr + c * I_C, R, R, WIDE, TRANSPOSE, SPARSE)
+    z = tl.dot(_operand(u, STORE, UPCAST), _operand(core, STORE, UPCAST), input_precision=EXACT)
+    if RESIDUAL:
+        z += u.to(tl.float32)
+    b = tl.load(
+        b_ptr + c * B_C + rs[:, None] * B_R + cols[None, :] * B_F,
+        mask=(rs < R)[:, None] & col_mask[None, :],
+        other=0.0,
+    )
+    # acc holds x W already, so the scale has to go in before this product: into z, in float32.
+    scaled = z
+    if SCALE_UP:
+        scaled = z * tl.load(scale_ptr + c * S_C)
+    acc = tl.dot(
+        _operand(scaled, STORE, UPCAST), _operand(b, STORE, UPCAST), acc, input_precision=EXACT
+    )
+    if BIAS:
+        bias = tl.load(bias_ptr + c * BIAS_C + cols, mask=col_mask, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    tile = (c * N + m) * F
+    tl.store(
+        y_ptr + tile + rows[:, None] * F + cols[None, :],
+        acc.to(STORE),
+        mask=row_mask[:, None] & col_mask[None, :],
+    )
+    if col_block == 0:
+        skinny = (c * N + m) * R
+        _store_rank(u_ptr + skinny, u, row_mask, R, WIDE, WIDE, BM)
+        _store_rank(z_ptr + skinny, z.to(STORE), row_mask, R, WIDE, WIDE, BM)
+
+
+@triton.jit
+def _outer(
+    p_ptr,
+    q_ptr,
+    rank,
+    scale,
+    out_ptr,
+    sum_ptr,
+    d,
+    t_start,
+    t_stop,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    O_D: tl.constexpr,
+    O_R: tl.constexpr,
+    SUM: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
+    BT: tl.constexpr,
+    W: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    STORE: tl.constexpr = p_ptr.dtype.element_ty
+    cols = d + tl.arange(0, BD)
+    col_mask = _below(cols, D, BD)
+    rs = tl.arange(0, W)
+    ts = tl.arange(0, BT)
+    # Held as [W, BD]: p keeps the order it has in memory, and only the skinny operand is transposed.
+    acc = tl.zeros((W, BD), tl.float32)
+    total = tl.zeros((BD,), tl.float32)
+    p_ptr += t_start.to(tl.int64) * D
+    q_ptr += t_start.to(tl.int64) * R
+    for step in range(0, ROWS, BT):
+        t = step + ts
+        inside = t < t_stop - t_start
+        p = tl.load(
+            p_ptr + t[:, None] * D + cols[None, :],
+            mask=inside[:, None] & col_mask[None, :],
+            other=0.0,
+        )
+        q = tl.load(
+            q_ptr + t[:, None] * R + rs[None, :],
+            mask=inside[:, None] & (rs < rank)[None, :],
+            other=0.0,
+        )
+        if SUM:
+            total += tl.sum(p.to(tl.float32), axis=0)
+        p = _operand(p, STORE, UPCAST)
+        acc = tl.dot(tl.trans(_operand(q, STORE, UPCAST)), p, acc, input_precision=EXACT)
+    acc = (acc * scale).to(out_ptr.dtype.element_ty)
+    tl.store(
+        out_ptr + cols[None, :] * O_D + rs[:, None] * O_R,
+        acc,
+        mask=col_mask[None, :] & (rs < R)[:, None],
+    )
+    if W < WIDE:
+        rest = tl.arange(0, WIDE)
+        tl.store(
+            out_ptr + cols[None, :] * O_D + rest[:, None] * O_R,
+            tl.zeros((WIDE, BD), acc.dtype),
+            mask=col_mask[None, :] & ((rest >= W) & (rest < R))[:, None],
+        )
+    if SUM:
+        tl.store(sum_ptr + cols, total, mask=col_mask)
+
+
+@triton.jit
+def outer_kernel(
+    p_ptr,
+    q_ptr,
+    scale_ptr,
+    ranks_ptr,
+    out_ptr,
+    sum_ptr,  # None without SUM
+    CLIENTS: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    P_C: tl.constexpr,
+    Q_C: tl.constexpr,
+    S_C: tl.constexpr,
+    R_C: tl.constexpr,
+    O_D: tl.constexpr,
+    O_R: tl.constexpr,
+    SCALED: tl.constexpr,
+    SUM: tl.constexpr,
+    RAGGED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
+    BT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """out[d, j] = scale sum_t p[t, d] q[t, j] over one split of the rows, and sum_t p[t, d].
+
+    p is wide (x, dy, or u), q has the client's rank (du, z, or g). Output is [splits, C, D, R] in
+    the order that O_D and O_R give; ROWS rows belong to a split.
+    """
+    d = tl.program_id(0) * BD
+    split = tl.program_id(1)
+    c = tl.program_id(2).to(tl.int64)
+    p_ptr += c * P_C
+    q_ptr += c * Q_C
+    slot = split.to(tl.int64) * CLIENTS + c
+    out_ptr += slot * (D * R)
+    if SUM:
+        sum_ptr += slot * D
+    t_start = split * ROWS
+    t_stop = min(t_start + ROWS, N)
+    scale = 1.0
+    if SCALED:
+        scale = tl.load(scale_ptr + c * S_C)
+    rank = R
+    if RAGGED:
+        rank = tl.load(ranks_ptr + c * R_C)
+    if RAGGED and WIDE > 16 and rank <= 16:
+        _outer(p_ptr, q_ptr, rank, scale, out_ptr, sum_ptr, d, t_start, t_stop, D, R,
+               O_D, O_R, SUM, UPCAST, ROWS, BD, BT, 16, WIDE)  # fmt: skip
+    elif RAGGED and WIDE > 32 and rank <= 32:
+        _outer(p_ptr, q_ptr, rank, scale, out_ptr, sum_ptr, d, t_start, t_stop, D, R,
+               O_D, O_R, SUM, UPCAST, ROWS, BD, BT, 32, WIDE)  # fmt: skip
+    elif RAGGED and WIDE > 64 and rank <= 64:
+        _outer(p_ptr, q_ptr, rank, scale, out_ptr, sum_ptr, d, t_start, t_stop, D, R,
+               O_D, O_R, SUM, UPCAST, ROWS, BD, BT, 64, WIDE)  # fmt: skip
+    else:
+        _outer(p_ptr, q_ptr, rank, scale, out_ptr, sum_ptr, d, t_start, t_stop, D, R,
+               O_D, O_R, SUM, UPCAST, ROWS, BD, BT, WIDE, WIDE)  # fmt: skip
