@@ -2,12 +2,16 @@
 #   make demo        set up, then run the example federation
 #   make test        set up, then lint, types and the fast tests
 #   make test-slow   what is marked slow (crash tests, long parities)
+#   make assets      fetch and verify the real models and data sets of the examples
+#   make gpu         on a machine with a CUDA device: kernel tests and benchmarks into OUT
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+GPU_PYTHON ?= python3
+OUT ?= runs/gpu
 
-.PHONY: demo test test-slow lint types format bench-engine clean
+.PHONY: demo assets test test-slow lint types format gpu bench-engine bench-compile clean
 
 # One stamp per set of extras: a changed pin or extra completes the environment on the next call.
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -22,6 +26,9 @@ $(VENV)/.test: $(VENV)/.base
 
 demo: $(VENV)/.base
 	$(BIN)/python experiments/bring_your_own_model/federate.py
+
+assets: $(VENV)/.base
+	$(BIN)/python -m h2tune_jax.tasks.assets minilm smollm2 trec sarcasm rotten_tomatoes
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -40,8 +47,15 @@ test: lint types
 test-slow: $(VENV)/.test
 	$(BIN)/pytest -q -m "slow and not gpu"
 
+# Needs JAX with CUDA in GPU_PYTHON; WHEELS names a folder of wheels for a machine without network.
+gpu:
+	$(GPU_PYTHON) kernels/benchmarks/gpu.py --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
+
 bench-engine: $(VENV)/.base
 	$(BIN)/python experiments/engine_overhead/bench.py
+
+bench-compile: $(VENV)/.base
+	$(BIN)/python experiments/compile_time/bench.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -51,21 +51,24 @@ def init_round(
     Pure: it may be jitted, and vmapped over keys.
     """
     check_federation(method, specs, bases)
-    server_key, client_key = jax.random.split(key)
-    server = method.init_server(specs, server_key, bases, probe)
-    ids = tuple(jnp.arange(spec.num_clients, dtype=jnp.int32) for spec in specs)
-    first = jnp.zeros((), jnp.int32)
-    downloads = method.broadcast(specs, server_key, server, ids, first)
-    clients = []
-    for spec, base, cohort_ids, download in zip(specs, bases, ids, downloads):
 
-        def start(key, personal, spec=spec, base=base, common=download.common):
-            return method.init_client(spec, key, base, Download(common, personal))
+    @jax.jit  # one program instead of one for every operation
+    def start(bases: tuple, probe: PyTree, key: Array) -> RoundState:
+        server_key, client_key = jax.random.split(key)
+        server = method.init_server(specs, server_key, bases, probe)
+        ids = tuple(jnp.arange(spec.num_clients, dtype=jnp.int32) for spec in specs)
+        first = jnp.zeros((), jnp.int32)
+        downloads = method.broadcast(specs, server_key, server, ids, first)
+        clients = []
+        for spec, base, cohort_ids, (common, personal) in zip(specs, bases, ids, downloads):
+            begin = lambda key, personal, spec=spec, base=base, common=common: method.init_client(
+                spec, key, base, Download(common, personal)
+            )
+            with named_errors(spec, "init_client"):
+                clients.append(jax.vmap(begin)(client_keys(client_key, spec, cohort_ids), personal))
+        return RoundState(first, server, tuple(clients))
 
-        with named_errors(spec, "init_client"):
-            keys = client_keys(client_key, spec, cohort_ids)
-            clients.append(jax.vmap(start)(keys, download.personal))
-    return RoundState(first, server, tuple(clients))
+    return start(bases, probe, key)
 
 
 def make_round(
@@ -249,6 +252,7 @@ def _sweep(train, clients, data, per_client, positions, axis: ClientAxis, summed
     sums = None
     if summed:
         one = jax.tree.map(lambda leaf: leaf[0], xs)
+        train = jax.jit(train, inline=True)  # traced once, for its shapes and for the loop
         shapes = jax.eval_shape(
             lambda place, rest: train(_take(clients, place), _take(data, place), *rest)[1], *one
         )

@@ -3,6 +3,7 @@
 Every method's `client_update` is written with these; none of them knows a client axis.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,7 @@ def run_steps(
     read = batch_reader(budget, order_key, data)
     num_steps = count_steps(budget, data.num_examples)
 
+    @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for the loop
     def one_step(step: Array, carry: PyTree) -> tuple[PyTree, Metrics]:
         return step_fn(carry, read(step), jax.random.fold_in(step_key, step), step, num_steps)
 

@@ -14,10 +14,11 @@ import dataclasses
 import difflib
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
+from h2tune_kernels import Kernels
 
 Array = jax.Array
 PyTree = Any
@@ -123,6 +124,8 @@ class CohortSpec:
       alpha: adapters are scaled by alpha / rank.
       dropout: adapter dropout rate, on the input of A.
       dtype: of every adapter parameter.
+      kernels: what computes the adapted products: "auto" (Triton on CUDA where it is installed, XLA
+        elsewhere), "triton" (an error where it cannot be had) or "xla".
     """
 
     name: str
@@ -136,6 +139,7 @@ class CohortSpec:
     alpha: float = 16.0
     dropout: float = 0.0
     dtype: Any = "float32"
+    kernels: Kernels = "auto"
 
     def __post_init__(self):
         where = f"cohort {self.name!r}"
@@ -149,6 +153,12 @@ class CohortSpec:
             raise FederationError(f"{where}: alpha must be positive, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise FederationError(f"{where}: dropout must lie in [0, 1), got {self.dropout}")
+        if self.kernels not in get_args(Kernels):
+            raise FederationError(
+                f"{where}: kernels: {near_match(self.kernels, get_args(Kernels))}"
+            )
+        if self.kernels == "triton" and self.dropout > 0:
+            raise FederationError(f"{where}: kernels 'triton' excludes adapter dropout")
         known = self.model.shapes
         kinds = tuple(known) if self.targets is None else tuple(self.targets)
         for kind in kinds:

@@ -112,13 +112,14 @@ def stir(state):
     """Move a fresh state away from its zeros, so that nothing hides behind them."""
 
     def noise(path, leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
         name = jax.tree_util.keystr(path)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or "opt" in name:
+            return leaf  # a second moment must not turn negative
         rng = np.random.default_rng(len(name) + leaf.size)
-        moved = leaf + jnp.asarray(0.05 * rng.normal(size=leaf.shape), leaf.dtype)
+        leaf = np.asarray(leaf)
+        moved = leaf + (0.05 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
         # A layer relation keeps its support.
-        return jnp.where(leaf == 0, leaf, moved) if "relation" in name else moved
+        return jnp.asarray(np.where(leaf == 0, leaf, moved) if "relation" in name else moved)
 
     return jax.tree_util.tree_map_with_path(noise, state)
 

@@ -8,6 +8,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from h2tune_kernels import MAX_RANK, Kernels, triple_matmul
+from h2tune_kernels.dispatch import resolve
 
 from h2tune_jax.adapters import triple
 from h2tune_jax.types import Array
@@ -28,6 +30,7 @@ class SiteAdapter:
     scale: float = dataclasses.field(metadata={"static": True})
     residual: bool = dataclasses.field(default=True, metadata={"static": True})
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+    kernels: Kernels = dataclasses.field(default="auto", metadata={"static": True})
 
     def fold(self) -> tuple[Array, Array]:
         """Return an ordinary LoRA pair (a, b) with the same product."""
@@ -50,12 +53,27 @@ def adapted(
     """
     if site is None:
         y = x @ w
-    elif site.dropout > 0 and key is not None:
+        return y if bias is None else y + bias
+    form = {"scale": site.scale, "residual": site.residual}
+    factors = site.a, site.core, site.b
+    if site.dropout > 0 and key is not None:
         kept = jax.random.bernoulli(key, 1 - site.dropout, x.shape)
         dropped = jnp.where(kept, x / (1 - site.dropout), jnp.zeros_like(x))
-        y = x @ w + triple.update(
-            dropped, site.a, site.core, site.b, scale=site.scale, residual=site.residual
+        y = x @ w + triple.update(dropped, *factors, **form)
+    elif _takes_kernels(site):
+        assert site.core is not None
+        return triple_matmul(
+            x, w, site.a, site.core, site.b, bias=bias, kernels=site.kernels, **form
         )
     else:
-        y = triple.apply(x, w, site.a, site.core, site.b, scale=site.scale, residual=site.residual)
+        y = triple.apply(x, w, *factors, **form)
     return y if bias is None else y + bias
+
+
+def _takes_kernels(site: SiteAdapter) -> bool:
+    if site.kernels == "triton":
+        if site.core is None:
+            raise FederationError("kernels 'triton': a plain LoRA has no core, and so no kernel")
+        return True
+    fits = site.core is not None and site.a.shape[-1] <= MAX_RANK
+    return fits and resolve(site.kernels) != "xla"

@@ -74,8 +74,9 @@ def fedavg(
         def move(params, part):
             if part is None:
                 return params
+            total, share = part
             none = jax.tree.map(jnp.zeros_like, params)
-            return jax.tree.map(jnp.add, params, aggregate.mean_or_keep(*part, none))
+            return jax.tree.map(jnp.add, params, aggregate.mean_or_keep(total, share, none))
 
         moved = {spec.name: move(server[spec.name], part) for spec, part in zip(specs, uploads)}
         return moved, {}

@@ -79,6 +79,7 @@ def local(
                 b=params["b"][kind],
                 scale=spec.scale,
                 dropout=spec.dropout,
+                kernels=spec.kernels,
             )
             for kind in spec.kinds
         }

@@ -64,6 +64,7 @@ def site_adapters(
             scale=spec.scale,
             residual=options.residual,
             dropout=spec.dropout,
+            kernels=spec.kernels,
         )
         for place, kind in enumerate(spec.kinds)
     }
