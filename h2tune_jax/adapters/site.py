@@ -12,7 +12,7 @@ from h2tune_kernels import MAX_RANK, Kernels, triple_matmul
 from h2tune_kernels.dispatch import resolve
 
 from h2tune_jax.adapters import triple
-from h2tune_jax.types import Array
+from h2tune_jax.types import Array, FederationError
 
 
 @jax.tree_util.register_dataclass

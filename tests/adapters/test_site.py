@@ -61,3 +61,5 @@ def test_scanning_over_layers_strips_the_layer_axis():
 def test_an_explicit_kernel_that_cannot_be_had_is_an_error():
     with pytest.raises((RuntimeError, NotImplementedError), match="triton"):
         jax.jit(lambda x: h2.adapted(x, W, adapter(kernels="triton")))(X)
+    with pytest.raises(h2.FederationError, match="plain LoRA has no core"):
+        h2.adapted(X, W, adapter(core=None, kernels="triton"))
