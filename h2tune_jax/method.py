@@ -20,7 +20,7 @@ from h2tune_jax.types import (
 
 
 class InitServer(Protocol):
-    """Start the server. `bases` has one frozen base a cohort, `probe` is public data or None."""
+    """Start the server. `bases` and `probe` (public texts, or None) have one entry a cohort."""
 
     def __call__(self, specs: Specs, key: Array, bases: tuple, probe: PyTree, /) -> PyTree: ...
 

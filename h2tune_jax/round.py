@@ -43,11 +43,12 @@ def client_keys(key: Array, spec: CohortSpec, ids: Array) -> Array:
 
 
 def init_round(
-    method: FederatedMethod, specs: Specs, bases: tuple, probe: PyTree, key: Array
+    method: FederatedMethod, specs: Specs, bases: tuple, probe: tuple | None, key: Array
 ) -> RoundState:
     """Start a federation: the server, and every client of every cohort.
 
-    `bases` has one frozen base a cohort; `probe` is public data for methods that ask for it, or None.
+    `bases` has one frozen base a cohort; `probe`, for methods that ask for one, the same public texts
+    as each cohort's model reads them.
     Pure: it may be jitted, and vmapped over keys.
     """
     check_federation(method, specs, bases)

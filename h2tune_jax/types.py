@@ -61,11 +61,14 @@ class ModelSpec:
       sites: for each kind the (D, F) of its frozen weight; any mapping or pairs, kept as pairs.
       layer_outputs_fn: (base, probe) -> [Li, n, d], one row a probe text; only the `cka` relation
         asks for it.
+      site_activations_fn: (base, probe) -> {kind: (inputs [Li, n, D], outputs [Li, n, F])}, one row
+        a probe text; only the `anchored` basis asks for it.
     """
 
     num_layers: int
     sites: Any  # given as Mapping[str, tuple[int, int]]; kept as tuple[tuple[str, int, int], ...]
     layer_outputs_fn: Callable[[PyTree, PyTree], Array] | None = None
+    site_activations_fn: Callable[[PyTree, PyTree], dict[str, tuple[Array, Array]]] | None = None
 
     def __post_init__(self):
         sites = self.sites

@@ -21,8 +21,8 @@ METHODS = {
         select_at="step",
         optimizer_state="kept",
     ),
-    "h2tune-seeded": lambda: h2.h2tune(
-        learning_rate=0.02, basis="seeded", alternation="joint", relation="cka"
+    "h2tune-anchored": lambda: h2.h2tune(
+        learning_rate=0.02, basis="anchored", core="pure", alternation="joint", relation="cka"
     ),
     "h2tune-reference": lambda: h2.h2tune(h2.REFERENCE, shared_rank=4, learning_rate=0.02),
     "fedavg": lambda: h2.fedavg(learning_rate=0.3),

@@ -86,7 +86,7 @@ def test_federations():
     )  # fmt: skip
 
 
-def test_cka_needs_activations_and_a_probe():
+def test_cka_and_anchored_need_activations_and_a_probe():
     method, specs = h2.h2tune(relation="cka"), toy.make_specs()
     args = specs, toy.make_bases(), None, jax.random.key(0)
     refuses("relation 'cka' needs a probe", h2.init_round, method, *args)

@@ -51,11 +51,20 @@ def layer_outputs(base, probe):
     return jnp.stack(outputs)
 
 
+def site_activations(base, probe):
+    outputs = layer_outputs(base, probe)
+    return {
+        kind: (outputs, jnp.einsum("lnd,ldf->lnf", outputs, base[kind]))
+        for kind in sorted(set(base) - {"embed"})
+    }
+
+
 def cohort(name, *, width, depth, rank, kinds, classes, num_clients, **changes):
     model = h2.ModelSpec(
         num_layers=depth,
         sites=dict.fromkeys(kinds, (width, width)),
         layer_outputs_fn=layer_outputs,
+        site_activations_fn=site_activations,
     )
     spec = h2.CohortSpec(
         name=name,
@@ -96,7 +105,8 @@ def make_data(specs, size=10, seed=3):
 
 
 def probe():
-    return jnp.asarray(np.random.default_rng(9).normal(size=(7, INPUT)), jnp.float32)
+    texts = jnp.asarray(np.random.default_rng(9).normal(size=(7, INPUT)), jnp.float32)
+    return texts, texts
 
 
 EVERYONE = (None, None)

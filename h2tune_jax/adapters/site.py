@@ -52,8 +52,7 @@ def adapted(
     `key` switches adapter dropout on; without one the product is deterministic.
     """
     if site is None:
-        y = x @ w
-        return y if bias is None else y + bias
+        return _add_bias(x @ w, bias)
     form = {"scale": site.scale, "residual": site.residual}
     factors = site.a, site.core, site.b
     if site.dropout > 0 and key is not None:
@@ -67,7 +66,11 @@ def adapted(
         )
     else:
         y = triple.apply(x, w, *factors, **form)
-    return y if bias is None else y + bias
+    return _add_bias(y, bias)
+
+
+def _add_bias(y: Array, bias: Array | None) -> Array:
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def _takes_kernels(site: SiteAdapter) -> bool:

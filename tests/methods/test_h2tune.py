@@ -194,3 +194,28 @@ def test_options_of_zero_terms_equal_terms_left_out():
         state = toy.stir(toy.start(method))._replace(round=jnp.int32(1))
         out.append(h2.make_round(method, specs)(state, *args, method.hyper, toy.SEED)[0])
     toy.assert_trees_close(out[0], out[1])
+
+
+def test_an_anchored_basis_carries_over_between_architectures():
+    # The wide model is the narrow one in a rotated, larger space: its basis has to be too.
+    method = h2.h2tune(basis="anchored", selection="leading", shared_rank=3)
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(2, 400, 8))
+    embed = np.linalg.qr(rng.normal(size=(12, 8)))[0].T
+    specs = []
+    for name, width, activations in (("a", 8, inputs), ("b", 12, inputs @ embed)):
+        outputs = jnp.asarray(activations, jnp.float32)
+        model = h2.ModelSpec(
+            num_layers=2,
+            sites={"q": (width, width)},
+            site_activations_fn=lambda base, probe, x=outputs: {"q": (x, x)},
+        )
+        spec = toy.make_specs()[0]
+        specs.append(dataclasses.replace(spec, name=name, model=model, targets=("q",)))
+    state = h2.init_round(method, tuple(specs), (None, None), (None, None), jax.random.key(0))
+    one, other = (clients.a["q"][0] for clients in state.clients)
+    here = np.einsum("lnd,ldr->lnr", inputs, one)
+    there = np.einsum("lnd,ldr->lnr", inputs @ embed, other)
+    np.testing.assert_allclose(here, there, atol=0.1)
+    for start in state.server.starts:
+        np.testing.assert_allclose(start.fit["q"][0], 1, atol=1e-3)

@@ -15,7 +15,7 @@ CHOICES = {
     "core": ("residual", "pure"),
     "selection": triple.STRATEGIES,
     "select_at": ("download", "step"),
-    "basis": ("random", "seeded"),
+    "basis": ("random", "seeded", "anchored"),
     "g_init": ("zero", "uniform"),
     "relation": ("depth", "cka", "random"),
     "upload": ("gradient", "transpose"),
@@ -48,7 +48,8 @@ class H2TuneOptions:
       core: "residual" (dW = A (I + T) B) or "pure" (dW = A T B).
       selection: a strategy of `triple.select`.
       select_at: "download" (once a round) or "step" (afresh at every step).
-      basis: "random" factors a client, or "seeded": taken from one basis for all of equal width.
+      basis: "random" factors a client; "seeded": taken from one basis for all of equal width;
+        "anchored": taken from bases that are fitted across models on a public probe.
       train_factors: False freezes A and B where they start.
       g_init: "zero", or "uniform" within +-1/(R sqrt 7).
       relation: "depth", "cka" (needs `layer_outputs_fn` and a probe) or "random".
@@ -122,20 +123,20 @@ class H2TuneOptions:
         self._refuse_exclusions()
 
     def _refuse_exclusions(self) -> None:
-        if self.basis == "seeded" and self.entrywise:
+        if self.basis != "random" and self.entrywise:
             raise FederationError(
-                f"basis 'seeded' excludes selection {self.selection!r}: single entries carry no "
+                f"basis {self.basis!r} excludes selection {self.selection!r}: single entries carry no "
                 "common coordinates; use selection 'block' or 'leading'"
             )
         if self.follows_basis and self.select_at == "step":
             raise FederationError(
-                "basis 'seeded' with selection 'block' excludes select_at 'step': A and B stand for "
+                f"basis {self.basis!r} with selection 'block' excludes select_at 'step': A and B stand for "
                 "the coordinates of one selection; use select_at 'download' or selection 'leading'"
             )
         if self.follows_basis and self.optimizer_state == "kept":
             raise FederationError(
-                "basis 'seeded' with selection 'block' excludes optimizer_state 'kept': kept moments "
-                "do not follow the coordinates; use optimizer_state 'restart' or selection 'leading'"
+                f"basis {self.basis!r} with selection 'block' excludes optimizer_state 'kept': kept "
+                "moments do not follow the coordinates; use optimizer_state 'restart' or selection 'leading'"
             )
 
     @property
@@ -172,7 +173,7 @@ class H2TuneOptions:
     @property
     def follows_basis(self) -> bool:
         """A and B stand for coordinates of a basis, and the selection may move."""
-        return self.basis == "seeded" and self.selection == "block"
+        return self.basis != "random" and self.selection == "block"
 
     def hyper(self) -> H2TuneHyper:
         """Return the traced settings' defaults as arrays."""

@@ -4,18 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from h2tune_jax import aggregate
-from h2tune_jax.adapters import relation, triple
-from h2tune_jax.check import named_errors
 from h2tune_jax.methods.h2tune.options import H2TuneOptions
+from h2tune_jax.methods.h2tune.start import make_starts
 from h2tune_jax.methods.h2tune.state import (
     H2TuneDownload,
     H2TuneServer,
     H2TuneUpload,
-    Start,
     kind_places,
     shared_kinds,
 )
-from h2tune_jax.types import Array, CohortSpec, Download, FederationError, PyTree, Specs, fold_name
+from h2tune_jax.types import Array, CohortSpec, Download, FederationError, PyTree, Specs
 
 
 def shared_rank(options: H2TuneOptions, specs: Specs) -> int:
@@ -39,6 +37,8 @@ def check(options: H2TuneOptions, specs: Specs) -> None:
             )
         if options.relation == "cka" and spec.model.layer_outputs_fn is None:
             raise FederationError(f"{where}: relation 'cka' needs model.layer_outputs_fn")
+        if options.basis == "anchored" and spec.model.site_activations_fn is None:
+            raise FederationError(f"{where}: basis 'anchored' needs model.site_activations_fn")
 
 
 def init_server(
@@ -55,58 +55,8 @@ def init_server(
         bound = 1 / (size * 7**0.5)
         middle = jax.random.uniform(middle_key, shape, dtype, -bound, bound)
 
-    def common_scores(spec: CohortSpec) -> Array | None:
-        if options.selection != "block":
-            return None
-        keys = [fold_name(scores_key, kind) for kind in spec.kinds]
-        return jnp.stack([triple.uniform(k, (size,), size, dtype) for k in keys])
-
-    relations = _start_relations(options, specs, bases, probe, slots)
-    return H2TuneServer(
-        middle,
-        tuple(
-            Start(own, common_scores(spec), _start_basis(options, spec, basis_key, slots, size))
-            for spec, own in zip(specs, relations)
-        ),
-    )
-
-
-def _start_relations(
-    options: H2TuneOptions, specs: Specs, bases: tuple, probe: PyTree, slots: int
-) -> list[Array | None]:
-    if options.relation == "random":
-        return [None] * len(specs)
-    if options.relation == "depth":
-        return [relation.depth(slots, spec.model.num_layers, spec.dtype) for spec in specs]
-    if probe is None:
-        raise FederationError("relation 'cka' needs a probe: public texts given to init_round")
-    grams = []
-    for spec, base in zip(specs, bases):
-        with named_errors(spec, "layer_outputs_fn"):
-            assert spec.model.layer_outputs_fn is not None  # `check` saw to it
-            grams.append(relation.gram(spec.model.layer_outputs_fn(base, probe)))
-    # The first of the deepest models is the reference: none of its layers is without a slot.
-    reference = max(grams, key=len)
-    aligned = [relation.cka(gram, reference, num_slots=slots) for gram in grams]
-    return [matrix.astype(spec.dtype) for spec, matrix in zip(specs, aligned)]
-
-
-def _start_basis(
-    options: H2TuneOptions, spec: CohortSpec, key: Array, slots: int, size: int
-) -> dict[str, tuple[Array, Array | None]] | None:
-    if options.basis == "random":
-        return None
-    nearest = relation.nearest_slots(slots, spec.model.num_layers)
-    bases = {}
-    for kind, (in_dim, out_dim) in spec.model.shapes.items():
-        if kind in spec.kinds:
-            a_key, b_key = jax.random.split(fold_name(key, kind))
-            columns = triple.basis(a_key, nearest, in_dim, size, spec.dtype)
-            rows = None
-            if not options.residual:
-                rows = triple.basis(b_key, nearest, out_dim, size, spec.dtype)
-            bases[kind] = columns, rows
-    return bases
+    starts = make_starts(options, specs, (scores_key, basis_key), bases, probe, slots, size)
+    return H2TuneServer(middle, starts)
 
 
 def broadcast(

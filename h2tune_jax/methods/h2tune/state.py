@@ -13,6 +13,7 @@ class Start(NamedTuple):
     relation: Array | None  # T[L, Li]; None where each client draws its own
     scores: Array | None  # T[Ki, R]; the common coordinate scores of `block`
     basis: dict[str, tuple[Array, Array | None]] | None  # by kind: T[Li, D, R], T[Li, F, R]
+    fit: dict[str, tuple[Array, Array | None]] | None  # how well an anchored basis fits: f32[Li]
 
 
 class H2TuneServer(NamedTuple):

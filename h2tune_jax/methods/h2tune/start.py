@@ -1,0 +1,133 @@
+"""What H2Tune's clients start from: layer relations, coordinate scores, and bases."""
+
+import jax
+import jax.numpy as jnp
+
+from h2tune_jax.adapters import anchor, relation, triple
+from h2tune_jax.check import named_errors
+from h2tune_jax.methods.h2tune.options import H2TuneOptions
+from h2tune_jax.methods.h2tune.state import Start
+from h2tune_jax.types import Array, CohortSpec, FederationError, Specs, fold_name
+
+Basis = dict[str, tuple[Array, Array | None]]
+
+
+def make_starts(
+    options: H2TuneOptions,
+    specs: Specs,
+    keys: tuple[Array, Array],
+    bases: tuple,
+    probe: tuple | None,
+    slots: int,
+    size: int,
+) -> tuple[Start, ...]:
+    """Draw or fit, once, what each cohort's clients start from. `keys`: for scores and bases."""
+    scores_key, basis_key = keys
+    relations = _relations(options, specs, bases, probe, slots)
+    fitted: list[tuple[Basis | None, Basis | None]] = [(None, None)] * len(specs)
+    if options.basis == "seeded":
+        fitted = [(_seeded(options, spec, basis_key, slots, size), None) for spec in specs]
+    elif options.basis == "anchored":
+        fitted = _anchored(options, specs, basis_key, bases, probe, size)
+    return tuple(
+        Start(own, _common_scores(options, spec, scores_key, size), basis, fit)
+        for spec, own, (basis, fit) in zip(specs, relations, fitted)
+    )
+
+
+def _common_scores(
+    options: H2TuneOptions, spec: CohortSpec, key: Array, size: int
+) -> Array | None:  # T[Ki, R]
+    if options.selection != "block":
+        return None
+    draw = lambda kind: triple.uniform(fold_name(key, kind), (size,), size, spec.dtype)
+    return jnp.stack([draw(kind) for kind in spec.kinds])
+
+
+def _on_probe(function: str, specs: Specs, bases: tuple, probe: tuple | None, why: str) -> list:
+    """Run a function of every cohort's model on its part of the probe."""
+    if not isinstance(probe, tuple) or len(probe) != len(specs):
+        raise FederationError(
+            f"{why} needs a probe: the same public texts for every cohort, as a tuple of one entry "
+            f"a cohort ({len(specs)}), given to init_round"
+        )
+    results = []
+    for spec, base, texts in zip(specs, bases, probe):
+        with named_errors(spec, function):
+            results.append(getattr(spec.model, function)(base, texts))
+    return results
+
+
+def _relations(
+    options: H2TuneOptions, specs: Specs, bases: tuple, probe: tuple | None, slots: int
+) -> list[Array | None]:
+    if options.relation == "random":
+        return [None] * len(specs)
+    if options.relation == "depth":
+        return [relation.depth(slots, spec.model.num_layers, spec.dtype) for spec in specs]
+    outputs = _on_probe("layer_outputs_fn", specs, bases, probe, "relation 'cka'")
+    grams = [relation.gram(activations) for activations in outputs]
+    # The first of the deepest models is the reference: none of its layers is without a slot.
+    reference = max(grams, key=len)
+    aligned = [relation.cka(gram, reference, num_slots=slots) for gram in grams]
+    return [matrix.astype(spec.dtype) for spec, matrix in zip(specs, aligned)]
+
+
+def _seeded(options: H2TuneOptions, spec: CohortSpec, key: Array, slots: int, size: int) -> Basis:
+    """Draw by relative depth, the same for every model of equal width."""
+    nearest = relation.nearest_slots(slots, spec.model.num_layers)
+    bases: Basis = {}
+    for kind in spec.kinds:
+        in_dim, out_dim = spec.model.shapes[kind]
+        a_key, b_key = jax.random.split(fold_name(key, kind))
+        columns = triple.basis(a_key, nearest, in_dim, size, spec.dtype)
+        rows = None
+        if not options.residual:
+            rows = triple.basis(b_key, nearest, out_dim, size, spec.dtype)
+        bases[kind] = columns, rows
+    return bases
+
+
+def _anchored(
+    options: H2TuneOptions,
+    specs: Specs,
+    key: Array,
+    bases: tuple,
+    probe: tuple | None,
+    size: int,
+) -> list[tuple[Basis | None, Basis | None]]:
+    """Fit every model's sites to those of a reference at the same relative depth."""
+    activations = _on_probe("site_activations_fn", specs, bases, probe, "basis 'anchored'")
+    results: list[tuple[Basis | None, Basis | None]] = []
+    for spec, own in zip(specs, activations):
+        basis: Basis = {}
+        fit: Basis = {}
+        for kind in spec.kinds:
+            # The reference of a kind: the first of the deepest models that have it.
+            holders = [i for i, other in enumerate(specs) if kind in other.kinds]
+            chosen = max(holders, key=lambda i: specs[i].model.num_layers)
+            theirs, deep = activations[chosen], specs[chosen].model.num_layers
+            nearest = relation.nearest_slots(deep, spec.model.num_layers)
+            a_key, b_key = jax.random.split(fold_name(key, kind))
+            a_keys, b_keys = jax.random.split(a_key, deep), jax.random.split(b_key, deep)
+            inputs, outputs = own[kind]
+            ref_inputs, ref_outputs = (side[nearest] for side in theirs[kind])
+
+            def fit_a(x, reference, key):
+                a_ref = anchor.orthonormal(key, reference.shape[-1], size)
+                return anchor.fit_inputs(x, reference, a_ref)
+
+            def fit_b(y, reference, key):
+                b_ref = anchor.orthonormal(key, reference.shape[-1], size).T
+                b, quality = anchor.fit_outputs(y, reference, b_ref)
+                return b.T, quality
+
+            columns, a_fit = jax.vmap(fit_a)(inputs, ref_inputs, a_keys[nearest])
+            rows = b_fit = None
+            if not options.residual:
+                rows, b_fit = jax.vmap(fit_b)(outputs, ref_outputs, b_keys[nearest])
+                rows = rows.astype(spec.dtype)
+            basis[kind] = columns.astype(spec.dtype), rows
+            fit[kind] = a_fit, b_fit
+        results.append((basis, fit))
+    return results
