@@ -45,7 +45,7 @@ test: lint types
 	$(BIN)/pytest -q -n $(JOBS) --dist loadgroup -m "not slow and not gpu"
 
 test-slow: $(VENV)/.test
-	$(BIN)/pytest -q -m "slow and not gpu"
+	$(BIN)/pytest -q -n $(JOBS) --dist loadgroup -m "slow and not gpu"
 
 # Needs JAX with CUDA in GPU_PYTHON; WHEELS names a folder of wheels for a machine without network.
 gpu:

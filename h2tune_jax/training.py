@@ -21,7 +21,8 @@ def cosine_schedule(warmup: float = 0.0) -> Schedule:
     """Rise linearly over the first `warmup` of a round's steps, then fall to zero as a half cosine."""
 
     def multiplier(step: Array, num_steps: Array) -> Array:
-        step, num_steps = step.astype(jnp.float32), num_steps.astype(jnp.float32)
+        dtype = jnp.result_type(float)  # float64 where x64 is on
+        step, num_steps = step.astype(dtype), num_steps.astype(dtype)
         rise = jnp.ceil(warmup * num_steps)
         climb = step / jnp.maximum(rise, 1)
         along = (step - rise) / jnp.maximum(num_steps - rise, 1)

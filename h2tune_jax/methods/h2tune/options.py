@@ -136,7 +136,8 @@ class H2TuneOptions:
         if self.follows_basis and self.optimizer_state == "kept":
             raise FederationError(
                 f"basis {self.basis!r} with selection 'block' excludes optimizer_state 'kept': kept "
-                "moments do not follow the coordinates; use optimizer_state 'restart' or selection 'leading'"
+                "moments do not follow the coordinates; use optimizer_state 'restart' or "
+                "selection 'leading'"
             )
 
     @property
