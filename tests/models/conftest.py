@@ -1,0 +1,42 @@
+import os
+
+import jax
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _asset(name):
+    from h2tune_jax.tasks.assets import AssetUnavailable, fetch
+
+    try:
+        return fetch(name)
+    except AssetUnavailable as error:
+        pytest.skip(f"asset {name}: {error}")
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    return _asset("minilm")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    return next(_asset("smollm2").glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def minilm_model(minilm):
+    from h2tune_jax.models.load_hf import load_hf
+
+    return load_hf(minilm)
+
+
+@pytest.fixture(scope="session")
+def smollm2_model(smollm2):
+    from h2tune_jax.models.load_gguf import load_gguf
+
+    return load_gguf(smollm2)
