@@ -3,18 +3,12 @@
 import concurrent.futures
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import pytest
-
-# By name and not as a package: this folder's name must not become an importable `kernels`, and the
-# interpreter's process has to find the same modules.
-sys.path.insert(0, os.path.dirname(__file__))
-
 import kernel_checks
+import pytest
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import textwrap
 import jax
 import numpy as np
 import pytest
-from models.tiny import CONFIGS, tiny_base
 from safetensors.numpy import load_file, save_file
+from tiny import CONFIGS, tiny_base
 
 from h2tune_jax.models import (
     build,

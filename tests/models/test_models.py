@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.tiny import CONFIGS, classify_fn, tiny_base
+from tiny import CONFIGS, classify_fn, tiny_base
 
 from h2tune_jax.adapters import relation
 from h2tune_jax.adapters.site import SiteAdapter

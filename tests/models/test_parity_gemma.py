@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import transformers
-from models.torch_models import assert_same, load_back, run_torch, text_batch, tiny, to_jax
+from torch_models import assert_same, load_back, run_torch, text_batch, tiny, to_jax
 
 SIZES = {
     "hidden_size": 32,

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from models.torch_models import assert_same, load_back, run_torch, text_batch, tiny, to_jax
+from torch_models import assert_same, load_back, run_torch, text_batch, tiny, to_jax
 
 from h2tune_jax.models import generate, load_tokenizer
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from models.torch_models import assert_same, load_back, run_torch, tiny
+from torch_models import assert_same, load_back, run_torch, tiny
 
 SIZES = {
     "hidden_size": 32,

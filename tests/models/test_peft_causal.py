@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from models.torch_models import (
+from torch_models import (
     assert_same,
     load_back,
     load_peft,

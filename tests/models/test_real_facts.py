@@ -93,7 +93,7 @@ def test_smollm2_perplexity_of_shuffled_words(smollm2, smollm2_model):
     assert english < noise / 10
 
 
-def fit_logistic(features, labels, num_classes, *, decay=1e-3):
+def fit_logistic(features, labels, num_classes, *, decay):
     """Softmax regression by L-BFGS: -> (weights [d, V], bias [V])."""
     onehot = np.eye(num_classes)[labels]
 
@@ -125,17 +125,20 @@ def questions():
 
 def test_linear_probe_on_trec(minilm, minilm_model, questions):
     names = corpora.LABELS["trec"]
-    splits = tasks.split_rows(
-        questions, {"test": 500, "train": 2400, "rest": None}, seed=0, by=lambda row: row["text"]
-    )
+    sizes = {"test": 1000, "train": 2400, "rest": None}
+    splits = tasks.split_rows(questions, sizes, seed=0, by=lambda row: row["text"])
     train, test = ([questions[i] for i in splits[name]] for name in ("train", "test"))
     texts = [row["text"] for row in train + test]
-    assert len(set(texts)) == 2900  # no question is in both
+    assert len(set(texts)) == len(texts)  # no question is in both
     features = embed_texts(*minilm_model, load_tokenizer(minilm), texts).astype(np.float64)
-    features = (features - features[:2400].mean(axis=0)) / features[:2400].std(axis=0)
-    w, b = fit_logistic(features[:2400], tasks.encode_labels(train, names), len(names))
+    features -= features[: len(train)].mean(axis=0)
+    features /= features[: len(train)].std()  # one scale for all: two features of MiniLM are dead
+    # The decay did best of 0.001 ... 1 on the last 400 of the training questions.
+    w, b = fit_logistic(
+        features[: len(train)], tasks.encode_labels(train, names), len(names), decay=0.03
+    )
     labels = tasks.encode_labels(test, names)
-    accuracy = float(((features[2400:] @ w + b).argmax(axis=1) == labels).mean())
+    accuracy = float(((features[len(train) :] @ w + b).argmax(axis=1) == labels).mean())
     chance = float(np.bincount(labels).max() / len(labels))
     print(f"linear probe on TREC: {accuracy:.3f} of {len(labels)}, the largest class {chance:.3f}")
     assert accuracy >= 0.78

@@ -12,7 +12,7 @@ import transformers
 
 import h2tune_jax as h2
 from h2tune_jax import tasks
-from h2tune_jax.models import load_hf, load_tokenizer, prune_depth
+from h2tune_jax.models import load_tokenizer, prune_depth
 from h2tune_jax.tasks import assets, corpora
 
 torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from tasks.words import Words
+from words import Words
 
 from h2tune_jax.tasks import encoding
 from h2tune_jax.types import FederationError

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from tasks.words import Words
+from words import Words
 
 from h2tune_jax.tasks import encode_answers, encode_choices, exact_match
 from h2tune_jax.tasks.suites import cut_blocks, prepare_glue, prepare_math
