@@ -7,24 +7,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
 
-from h2tune_jax.types import CohortSpec, FederationError, PyTree, Specs, near_match
+from h2tune_jax.types import KINDS, CohortSpec, FederationError, PyTree, Specs, near_match
 
 
 @contextlib.contextmanager
 def named_errors(spec: CohortSpec, doing: str) -> Iterator[None]:
     """Say which cohort an error belongs to that arises while its program is traced."""
+    where = f"cohort {spec.name!r}: {doing}"
     try:
         yield
     except KeyError as error:
-        raise FederationError(
-            f"cohort {spec.name!r}: {doing} asks for {error}, which is not there; "
-            f"its adapted sites are {', '.join(spec.kinds) or 'none'}"
-        ) from error
+        name = error.args[0] if error.args else error
+        if (name in spec.model.shapes and name not in spec.kinds) or name in KINDS:
+            about = f"site {name!r}, which is not adapted; adapted are {', '.join(spec.kinds)}"
+        else:
+            about = f"{name!r}, a key that is neither in the batch's examples nor elsewhere there"
+        raise FederationError(f"{where} asks for {about}") from error
     except (TypeError, ValueError) as error:
         if isinstance(error, FederationError) and str(error).startswith("cohort "):
             raise
-        raise FederationError(f"cohort {spec.name!r}: {doing}: {error}") from error
+        raise FederationError(f"{where}: {error}") from error
 
 
 def check_federation(method: Any, specs: Specs, bases: tuple | None) -> None:
@@ -40,51 +44,75 @@ def check_federation(method: Any, specs: Specs, bases: tuple | None) -> None:
     method.check(specs)
 
 
+def check_mesh(mesh: Mesh) -> None:
+    """Refuse meshes that clients cannot be split over."""
+    if len(mesh.axis_names) != 1:
+        raise FederationError(f"mesh: expected one (client) axis, got {mesh.axis_names}")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise FederationError(
+            "mesh: its axis must be of type Auto: "
+            "jax.make_mesh((n,), ('clients',), axis_types=(jax.sharding.AxisType.Auto,))"
+        )
+
+
+def check_cohorts(specs: Specs, **fields: Any) -> None:
+    """Refuse fields that are not tuples of one entry a cohort."""
+    for field, value in fields.items():
+        if not isinstance(value, tuple) or len(value) != len(specs):
+            got = len(value) if isinstance(value, tuple) else type(value).__name__
+            raise FederationError(
+                f"{field}: expected a tuple of one entry a cohort ({len(specs)}), got {got}"
+            )
+
+
 def check_round_inputs(
     method, specs: Specs, state, bases, data, client_ids, weights, hyper, resident: bool
 ) -> None:
     """Refuse arrays that do not fit the specs. Looks at shapes and dtypes only, while tracing."""
-    for field, value in (
-        ("bases", bases),
-        ("data", data),
-        ("client_ids", client_ids),
-        ("weights", weights),
-        ("state.clients", state.clients),
-    ):
-        if not isinstance(value, tuple) or len(value) != len(specs):
-            raise FederationError(
-                f"{field}: expected a tuple of one entry a cohort ({len(specs)}), got "
-                f"{len(value) if isinstance(value, tuple) else type(value).__name__}"
-            )
+    check_cohorts(
+        specs,
+        bases=bases,
+        data=data,
+        client_ids=client_ids,
+        weights=weights,
+        clients=state.clients,
+    )
     _check_hyper(method.hyper, hyper)
     for i, spec in enumerate(specs):
         where = f"cohort {spec.name!r}"
-        ids, share = client_ids[i], weights[i]
-        if ids is not None:
-            if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        taking_part = spec.num_clients
+        if client_ids[i] is not None:
+            _check_array(f"{where}: client_ids", client_ids[i], jnp.integer, (None,))
+            taking_part = client_ids[i].shape[0]
+            if resident and taking_part > spec.num_clients:
                 raise FederationError(
-                    f"{where}: client_ids must be i32[S], got {ids.dtype}{list(ids.shape)}"
+                    f"{where}: client_ids has {taking_part} clients, the cohort {spec.num_clients}"
                 )
-            if resident and ids.shape[0] > spec.num_clients:
-                raise FederationError(
-                    f"{where}: client_ids has {ids.shape[0]} clients, the cohort {spec.num_clients}"
-                )
-        rows = spec.num_clients if resident or ids is None else ids.shape[0]
-        taking_part = spec.num_clients if ids is None else ids.shape[0]
-        if share is not None and share.shape != (taking_part,):
-            raise FederationError(
-                f"{where}: weights must be f32[{taking_part}], got {list(share.shape)}"
-            )
-        if taking_part:
-            _check_data(where, data[i], rows)
-        for leaf in jax.tree.leaves(state.clients[i]):
-            if leaf.shape[:1] != (rows,):
-                raise FederationError(
-                    f"{where}: state.clients leads with {leaf.shape[:1]}, expected {rows} clients"
-                )
+        if weights[i] is not None:
+            _check_array(f"{where}: weights", weights[i], jnp.number, (taking_part,))
+        check_clients(
+            spec, spec.num_clients if resident else taking_part, data[i], state.clients[i]
+        )
 
 
-def _check_data(where: str, data: PyTree, rows: int) -> None:
+def _check_array(what: str, value: Any, kind: Any, shape: tuple[int | None, ...]) -> None:
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise FederationError(f"{what} must be an array, got {type(value).__name__}")
+    fits = len(value.shape) == len(shape) and all(
+        expected in (None, size) for size, expected in zip(value.shape, shape)
+    )
+    if not fits or not jnp.issubdtype(value.dtype, kind):
+        wanted = ", ".join("S" if size is None else str(size) for size in shape)
+        raise FederationError(
+            f"{what} must be {kind.__name__}[{wanted}], got {value.dtype}{list(value.shape)}"
+        )
+
+
+def check_clients(spec: CohortSpec, rows: int, data: Any, clients: PyTree) -> None:
+    """Refuse a cohort's data and state that do not have one row a client."""
+    where = f"cohort {spec.name!r}"
+    if not hasattr(data, "examples") or not hasattr(data, "num_examples"):
+        raise FederationError(f"{where}: data must be ClientData, got {type(data).__name__}")
     leaves = jax.tree.leaves(data.examples)
     if not leaves:
         raise FederationError(f"{where}: data.examples has no arrays")
@@ -96,13 +124,12 @@ def _check_data(where: str, data: PyTree, rows: int) -> None:
             )
     if room[1] < 1:
         raise FederationError(f"{where}: data.examples has no room for an example (n = 0)")
-    if data.num_examples.shape != (rows,) or not jnp.issubdtype(
-        data.num_examples.dtype, jnp.integer
-    ):
-        raise FederationError(
-            f"{where}: data.num_examples must be i32[{rows}], got "
-            f"{data.num_examples.dtype}{list(data.num_examples.shape)}"
-        )
+    _check_array(f"{where}: data.num_examples", data.num_examples, jnp.integer, (rows,))
+    for leaf in jax.tree.leaves(clients):
+        if leaf.shape[:1] != (rows,):
+            raise FederationError(
+                f"{where}: state.clients leads with {leaf.shape[:1]}, expected {rows} clients"
+            )
 
 
 def _check_hyper(expected: Any, hyper: Any) -> None:
@@ -127,11 +154,26 @@ def check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def check_positive(field: str, value: float | None) -> None:
     """Refuse a number that is not finite and above zero; None means that it is not used."""
+    _check_number(field, value)
     if value is not None and not (math.isfinite(value) and value > 0):
         raise FederationError(f"{field}: must be positive, got {value}")
 
 
 def check_not_negative(field: str, value: float | None) -> None:
     """Refuse a number that is not finite and at least zero; None means that it is not used."""
+    _check_number(field, value)
     if value is not None and not (math.isfinite(value) and value >= 0):
         raise FederationError(f"{field}: must be at least 0, got {value}")
+
+
+def check_whole(field: str, value: Any) -> None:
+    """Refuse what is not a whole number of at least 1; None means that it is not used."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise FederationError(f"{field}: must be a whole number of at least 1, got {value!r}")
+
+
+def _check_number(field: str, value: Any) -> None:
+    try:
+        float(0 if value is None else value)
+    except (TypeError, ValueError) as error:
+        raise FederationError(f"{field}: must be a number, got {value!r}") from error

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from h2tune_jax.check import check_choice, named_errors
+from h2tune_jax.check import check_choice, check_clients, check_cohorts, named_errors
 from h2tune_jax.method import FederatedMethod
 from h2tune_jax.round import ClientAxis, resolve_axis
-from h2tune_jax.training import batch_reader, room, scalar_metrics
+from h2tune_jax.training import batch_reader, room, scalar_metrics, trim
 from h2tune_jax.types import (
     Adapters,
     Array,
@@ -45,8 +45,12 @@ def make_evaluate(
     """
     check_choice("moment", moment, ("trained", "downloaded"))
     axis = resolve_axis(client_axis)
+    budget = Budget(batch_size=batch_size, epochs=1, shuffle=False)
 
     def evaluate(state: RoundState, bases: tuple, data: tuple) -> dict[str, dict[str, Array]]:
+        check_cohorts(specs, bases=bases, data=data, clients=state.clients)
+        for spec, rows, clients in zip(specs, data, state.clients):
+            check_clients(spec, spec.num_clients, rows, clients)
         ids = tuple(jnp.arange(spec.num_clients, dtype=jnp.int32) for spec in specs)
         downloads = method.broadcast(specs, jax.random.key(0), state.server, ids, state.round)
         results = {}
@@ -58,7 +62,7 @@ def make_evaluate(
                 client, own_data, personal = args
                 sent = Download(common, personal) if moment == "downloaded" else None
                 adapters = method.adapters(spec, state.server, client, sent)
-                return _mean_metrics(spec, adapters, base, ClientData(*own_data), batch_size)
+                return _mean_metrics(spec, adapters, base, trim(ClientData(*own_data)), budget)
 
             with named_errors(spec, "evaluate"):
                 args = clients, rows, download.personal
@@ -75,9 +79,8 @@ def make_evaluate(
 
 
 def _mean_metrics(
-    spec: CohortSpec, adapters: Adapters, base: PyTree, data: ClientData, batch_size: int
+    spec: CohortSpec, adapters: Adapters, base: PyTree, data: ClientData, budget: Budget
 ) -> dict[str, Array]:
-    budget = Budget(batch_size=batch_size, epochs=1, shuffle=False)
     read = batch_reader(budget, jax.random.key(0), data)  # not shuffled: the key is not used
 
     def weighted(step: Array) -> dict[str, Array]:
@@ -88,6 +91,6 @@ def _mean_metrics(
         weigh = lambda value: jnp.where(count > 0, value.astype(jnp.float32) * count, 0.0)
         return jax.tree.map(weigh, seen)
 
-    steps = jnp.arange(-(-room(data) // batch_size), dtype=jnp.int32)
+    steps = jnp.arange(-(-room(data) // budget.batch_size), dtype=jnp.int32)
     examples = jnp.maximum(data.num_examples, 1).astype(jnp.float32)
     return jax.tree.map(lambda parts: parts.sum() / examples, jax.lax.map(weighted, steps))

@@ -54,8 +54,8 @@ class Broadcast(Protocol):
 class ClientUpdate(Protocol):
     """Train one client: -> (its next state, what it uploads, what people look at).
 
-    The metrics are scalars; `loss` is among them, and the engine refuses the client's result when
-    the loss, the upload or the next state is not finite.
+    The metrics are scalars. Among them are `loss`, and `numbers_up` and `numbers_down`, what has to
+    travel. The engine refuses the client's result when loss, upload or next state is not finite.
     """
 
     def __call__(

@@ -11,14 +11,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from h2tune_jax.types import Array, Batch, Budget, ClientData, FederationError, Metrics, PyTree
+from h2tune_jax.types import (
+    Array,
+    Batch,
+    Budget,
+    ClientData,
+    FederationError,
+    Metrics,
+    PyTree,
+    at_least_float32,
+)
 
 Schedule = Callable[[Array, Array], Array]
 """(step i32[], num_steps i32[]) -> multiplier of every learning rate; restarts every round."""
 
 
 def cosine_schedule(warmup: float = 0.0) -> Schedule:
-    """Rise linearly over the first `warmup` of a round's steps, then fall to zero as a half cosine."""
+    """Rise linearly over the first `warmup` of a round's steps, then fall to zero as a half cosine.
+
+    As elsewhere, the first step of a rise is taken at rate 0 and a rise takes a whole step at least: a
+    round of one step with any warm-up trains nothing.
+    """
 
     def multiplier(step: Array, num_steps: Array) -> Array:
         dtype = jnp.result_type(float)  # float64 where x64 is on
@@ -40,6 +53,11 @@ def room(data: ClientData) -> int:
     return jax.tree.leaves(data.examples)[0].shape[0]
 
 
+def trim(data: ClientData) -> ClientData:
+    """Make one client's count i32 and no larger than the rows that there are."""
+    return ClientData(data.examples, jnp.clip(data.num_examples.astype(jnp.int32), 0, room(data)))
+
+
 def count_steps(budget: Budget, num_examples: Array) -> Array:
     """Return how many steps a client with so many examples takes in one round."""
     if budget.steps is not None:
@@ -53,7 +71,7 @@ def _order(budget: Budget, key: Array, epoch: Array, num_examples: Array, size: 
     if not budget.shuffle:
         return jnp.arange(size, dtype=jnp.int32)
     draws = jax.random.uniform(jax.random.fold_in(key, epoch), (size,))
-    behind = jnp.where(jnp.arange(size) < num_examples, draws, 2.0)
+    behind = jnp.where(jnp.arange(size, dtype=jnp.int32) < num_examples, draws, 2.0)
     return jnp.argsort(behind).astype(jnp.int32)
 
 
@@ -98,14 +116,14 @@ def run_steps(
         return step_fn(carry, read(step), jax.random.fold_in(step_key, step), step, num_steps)
 
     zero = jnp.zeros((), jnp.int32)
-    sums = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one_step, zero, carry)[1]
-    )
+    shapes = jax.eval_shape(one_step, zero, carry)[1]
+    sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, at_least_float32(leaf.dtype)), shapes)
 
     def body(step: Array, state: tuple[PyTree, Metrics]) -> tuple[PyTree, Metrics]:
         carry, sums = state
         carry, metrics = one_step(step, carry)
-        return carry, jax.tree.map(jnp.add, sums, metrics)
+        add = lambda total, value: total + value.astype(total.dtype)
+        return carry, jax.tree.map(add, sums, metrics)
 
     carry, sums = jax.lax.fori_loop(zero, num_steps, body, (carry, sums))
     count = jnp.maximum(num_steps, 1)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from h2tune_kernels import Kernels
 
@@ -37,6 +38,12 @@ def order_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
     return tuple(
         sorted(set(kinds), key=lambda k: (KINDS.index(k) if k in KINDS else len(KINDS), k))
     )
+
+
+def at_least_float32(dtype: Any) -> np.dtype:
+    """Return the dtype to sum in: a 16-bit running sum of ones stops at 256."""
+    narrow = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32
+    return np.dtype(np.float32) if narrow else np.dtype(dtype)
 
 
 def fold_name(key: Array, name: str) -> Array:
@@ -72,8 +79,10 @@ class ModelSpec:
 
     def __post_init__(self):
         sites = self.sites
-        pairs = sites.items() if isinstance(sites, Mapping) else [(s[0], s[1:]) for s in sites]
-        shapes = {kind: tuple(int(d) for d in shape) for kind, shape in pairs}
+        if not isinstance(sites, Mapping):
+            # Pairs (kind, (D, F)), or the triples that `sites` keeps.
+            sites = {site[0]: site[1] if len(site) == 2 else site[1:] for site in sites}
+        shapes = {kind: tuple(int(d) for d in shape) for kind, shape in sites.items()}
         for kind, shape in shapes.items():
             if len(shape) != 2 or min(shape) < 1:
                 raise FederationError(f"site {kind!r}: expected (in, out) widths >= 1, got {shape}")
@@ -150,6 +159,11 @@ class CohortSpec:
             raise FederationError(
                 f"{where}: num_clients must be at least 1, got {self.num_clients}"
             )
+        for field in ("num_clients", "rank"):
+            if not isinstance(getattr(self, field), int | np.integer):
+                raise FederationError(
+                    f"{where}: {field} must be an int, got {getattr(self, field)!r}"
+                )
         if self.rank < 1:
             raise FederationError(f"{where}: rank must be at least 1, got {self.rank}")
         if not self.alpha > 0:
@@ -171,7 +185,13 @@ class CohortSpec:
                     + near_match(kind, known)
                 )
         object.__setattr__(self, "targets", order_kinds(kinds))
-        object.__setattr__(self, "dtype", np.dtype(self.dtype))
+        try:
+            dtype = np.dtype(self.dtype)
+        except TypeError as error:
+            raise FederationError(f"{where}: dtype: {error}") from error
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise FederationError(f"{where}: dtype must be a floating type, got {dtype}")
+        object.__setattr__(self, "dtype", dtype)
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -9,6 +9,16 @@ from hypothesis import strategies as st
 from h2tune_jax import aggregate
 
 
+def masked_mean(values, weights, previous, masks=None):
+    """The mean as the engine makes it: every client's part, their sum, the division."""
+    part = (
+        aggregate.weighted_part(v, w) if masks is None else aggregate.weighted_part(v, w, m)
+        for v, w, m in zip(values, weights, values if masks is None else masks)
+    )
+    total, share = (sum(side) for side in zip(*part))
+    return aggregate.mean_or_keep(total, share, previous)
+
+
 @st.composite
 def cohorts(draw):
     clients, width = draw(st.integers(1, 6)), draw(st.integers(1, 5))
@@ -31,7 +41,7 @@ def by_definition(values, weights, masks, previous):
 @given(cohorts())
 def test_masked_mean_by_its_definition(drawn):
     values, weights, masks, previous = drawn
-    mean = aggregate.masked_mean(*map(jnp.asarray, (values, weights, previous, masks)))
+    mean = masked_mean(*map(jnp.asarray, (values, weights, previous, masks)))
     np.testing.assert_allclose(mean, by_definition(*drawn), rtol=1e-5, atol=1e-6)
     nobody = ~(masks & (weights[:, None] > 0)).any(axis=0)
     np.testing.assert_array_equal(np.asarray(mean)[nobody], previous[nobody])
@@ -41,14 +51,14 @@ def test_masked_mean_by_its_definition(drawn):
 @given(cohorts(), st.randoms(use_true_random=False), st.floats(-2, 2))
 def test_linear_and_invariant_to_order(drawn, shuffler, factor):
     values, weights, masks, previous = map(jnp.asarray, drawn)
-    mean = aggregate.masked_mean(values, weights, previous, masks)
+    mean = masked_mean(values, weights, previous, masks)
     order = np.arange(len(weights))
     shuffler.shuffle(order)
-    again = aggregate.masked_mean(values[order], weights[order], previous, masks[order])
+    again = masked_mean(values[order], weights[order], previous, masks[order])
     np.testing.assert_allclose(mean, again, rtol=1e-5, atol=1e-6)
-    scaled = aggregate.masked_mean(factor * values, weights, factor * previous, masks)
+    scaled = masked_mean(factor * values, weights, factor * previous, masks)
     np.testing.assert_allclose(scaled, factor * mean, rtol=1e-5, atol=1e-5)
-    doubled = aggregate.masked_mean(values, 2 * weights, previous, masks)
+    doubled = masked_mean(values, 2 * weights, previous, masks)
     np.testing.assert_allclose(doubled, mean, rtol=1e-6, atol=1e-7)
 
 
@@ -57,7 +67,7 @@ def test_linear_and_invariant_to_order(drawn, shuffler, factor):
 def test_equal_clients_keep_their_value(drawn):
     values, weights, _, previous = map(jnp.asarray, drawn)
     equal = jnp.broadcast_to(values[:1], values.shape)
-    mean = aggregate.masked_mean(equal, weights, previous)
+    mean = masked_mean(equal, weights, previous)
     expected = values[0] if weights.sum() > 0 else previous
     np.testing.assert_allclose(mean, expected, rtol=3e-7)
 
@@ -65,7 +75,7 @@ def test_equal_clients_keep_their_value(drawn):
 def test_what_is_masked_out_may_be_anything():
     values = jnp.array([[1.0, jnp.inf], [3.0, 5.0], [jnp.nan, jnp.nan]])
     masks = jnp.array([[True, False], [True, True], [True, True]])
-    mean = aggregate.masked_mean(values, jnp.array([1.0, 1.0, 0.0]), jnp.zeros(2), masks)
+    mean = masked_mean(values, jnp.array([1.0, 1.0, 0.0]), jnp.zeros(2), masks)
     np.testing.assert_array_equal(mean, [2.0, 5.0])
 
 
@@ -78,3 +88,14 @@ def test_parts_add_up_over_trees():
     mean = aggregate.mean_or_keep(total, share, zeros)
     np.testing.assert_allclose(mean["a"], [2.0, 3.0])
     np.testing.assert_allclose(mean["b"], [[1.0, 1.0]])
+
+
+def test_sums_of_16_bit_values_are_wider():
+    # In bfloat16 itself 256 + 1 is 256.
+    value = jnp.ones((), jnp.bfloat16)
+    part = aggregate.weighted_part(value, jnp.float32(1.0))
+    total, share = jax.tree.map(lambda leaf: 600 * leaf, part)
+    assert total.dtype == share.dtype == jnp.float32
+    mean = aggregate.mean_or_keep(total, share, value)
+    assert mean.dtype == jnp.bfloat16
+    assert mean == 1

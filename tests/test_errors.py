@@ -23,6 +23,11 @@ def refuses(message, call, *args, **kwargs):
     [
         ({"num_clients": 0}, "cohort 'narrow': num_clients must be at least 1, got 0"),
         ({"rank": 0}, "cohort 'narrow': rank must be at least 1"),
+        ({"rank": 2.5}, "cohort 'narrow': rank must be an int, got 2.5"),
+        ({"dtype": "float31"}, "cohort 'narrow': dtype"),
+        ({"dtype": "int32"}, "cohort 'narrow': dtype must be a floating type"),
+        ({"kernels": "tritn"}, "cohort 'narrow': kernels.*did you mean 'triton'|allowed: auto"),
+        ({"kernels": "triton", "dropout": 0.1}, "'triton' excludes adapter dropout"),
         ({"alpha": 0.0}, "cohort 'narrow': alpha must be positive"),
         ({"dropout": 1.0}, r"cohort 'narrow': dropout must lie in \[0, 1\)"),
         ({"targets": ("q", "upp")}, "cohort 'narrow': targets names 'upp'.*did you mean 'up'"),
@@ -34,6 +39,8 @@ def test_cohorts(changes, message):
 
 def test_models_and_budgets():
     refuses("site 'q'", h2.ModelSpec, num_layers=1, sites={"q": (3, 0)})
+    pairs = h2.ModelSpec(num_layers=1, sites=[("q", (3, 4))])
+    assert pairs == h2.ModelSpec(num_layers=1, sites={"q": (3, 4)})
     refuses("num_layers must be", h2.ModelSpec, num_layers=0, sites={})
     refuses("exactly one of epochs and steps", h2.Budget, batch_size=2)
     refuses("exactly one of epochs and steps", h2.Budget, batch_size=2, epochs=1, steps=1)
@@ -50,7 +57,9 @@ def test_models_and_budgets():
         ({"shared_rate": -1.0}, "shared_rate: must be positive"),
         ({"head_rate": float("nan")}, "head_rate: must be positive"),
         ({"weight_decay": -0.1}, "weight_decay: must be at least 0"),
-        ({"shared_rank": 0}, "shared_rank: must be positive"),
+        ({"shared_rank": 0}, "shared_rank: must be a whole number"),
+        ({"shared_rank": 4.5}, "shared_rank: must be a whole number"),
+        ({"learning_rate": "fast"}, "learning_rate: must be a number, got 'fast'"),
         ({"basis": "seeded", "selection": "score"}, "'seeded' excludes selection 'score'"),
         ({"basis": "seeded", "select_at": "step"}, "excludes select_at 'step'"),
         ({"basis": "seeded", "optimizer_state": "kept"}, "excludes optimizer_state 'kept'"),
@@ -66,6 +75,7 @@ def test_local_and_fedavg_options():
     refuses("learning_rate: must be positive", h2.fedavg, learning_rate=0.0)
     spec = dataclasses.replace(toy.make_specs()[0], init_head_fn=None)
     refuses("cohort 'narrow': init_head_fn is missing", h2.make_round, h2.fedavg(), (spec,))
+    refuses("cohort 'narrow': fedavg trains whole", h2.make_round, h2.fedavg(), toy.make_specs())
 
 
 def test_federations():
@@ -107,6 +117,18 @@ def test_client_axis(client_axis, message):
 def test_mesh_needs_one_axis(cpu_devices):
     mesh = jax.sharding.Mesh(np.asarray(cpu_devices[:4]).reshape(2, 2), ("a", "b"))
     refuses("expected one .client. axis", h2.make_round, JOINT, toy.make_specs(), mesh=mesh)
+    mesh = jax.make_mesh((4,), ("clients",), axis_types=(jax.sharding.AxisType.Explicit,))
+    refuses("must be of type Auto", h2.make_round, JOINT, toy.make_specs(), mesh=mesh)
+
+
+def test_evaluation():
+    method, specs = h2.local(), toy.make_specs()
+    evaluate = h2.make_evaluate(method, specs, batch_size=4)
+    state, bases, data = toy.start(method), toy.make_bases(), toy.make_data(specs)
+    refuses("data: expected a tuple of one entry", evaluate, state, bases, data[:1])
+    cut = (jax.tree.map(lambda x: x[:2], data[0]), data[1])
+    refuses("cohort 'narrow': data.examples must lead", evaluate, state, bases, cut)
+    refuses("batch_size must be", h2.make_evaluate, method, specs, batch_size=0)
 
 
 class TestArrays:
@@ -134,11 +156,13 @@ class TestArrays:
         refuses("cohort 'narrow': client_ids must be", self.call, client_ids=(jnp.ones(2), None))
         many = jnp.zeros(9, jnp.int32)
         refuses("cohort 'wide': client_ids has 9 clients", self.call, client_ids=(None, many))
-        refuses("client_ids: expected a tuple", self.call, client_ids=None)
+        refuses("client_ids: expected a tuple", self.call, client_ids=[None, None])
+        refuses("'narrow': client_ids must be an array", self.call, client_ids=([0, 1], None))
 
     def test_weights(self):
         refuses("cohort 'wide': weights must be", self.call, weights=(None, jnp.ones(2)))
         refuses("weights: expected a tuple of one entry", self.call, weights=(None,))
+        refuses("'wide': weights must be an array", self.call, weights=(None, [1, 1, 1]))
 
     def test_data(self):
         narrow, wide = toy.make_data(toy.make_specs())
@@ -152,6 +176,8 @@ class TestArrays:
         refuses("cohort 'wide': data.examples has no arrays", self.call, data=(narrow, empty))
         none = wide._replace(examples=jax.tree.map(lambda x: x[:, :0], wide.examples))
         refuses("cohort 'wide': data.examples has no room", self.call, data=(narrow, none))
+
+        refuses("cohort 'wide': data must be ClientData", self.call, data=(narrow, wide.examples))
 
     def test_hyper(self):
         refuses("hyper: expected H2TuneHyper", self.call, hyper=h2.local().hyper)
@@ -172,10 +198,18 @@ class TestArrays:
         narrow, wide = toy.make_specs()
         specs = (dataclasses.replace(narrow, loss_fn=asks), wide)
         refuses(
-            "cohort 'narrow': client_update asks for 'gate'.*sites are q, up",
+            "cohort 'narrow': client_update asks for site 'gate'.*adapted are q, up",
             self.call,
             specs=specs,
         )
+
+    def test_a_field_that_the_examples_do_not_have(self):
+        def asks(adapters, base, batch, key):
+            return batch.examples["labels"], {}
+
+        narrow, wide = toy.make_specs()
+        specs = (narrow, dataclasses.replace(wide, loss_fn=asks))
+        refuses("cohort 'wide': client_update asks for 'labels', a key", self.call, specs=specs)
 
     def test_a_site_of_the_wrong_shape(self):
         narrow, wide = toy.make_specs()

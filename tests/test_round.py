@@ -87,22 +87,27 @@ def test_rounds_scan_and_runs_map_over_seeds_and_rates():
 
 @pytest.mark.parametrize("client_axis", ["scan", "vmap"])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_eight_devices_give_the_same_round_as_one(cpu_devices, client_axis, sampled):
+def test_eight_devices_give_the_same_rounds_as_one(cpu_devices, client_axis, sampled):
     specs = toy.make_specs()
     ids = (jnp.array([4, 0, 2]), jnp.array([1])) if sampled else toy.EVERYONE
     weights = (jnp.array([1.0, 3.0, 0.5]), jnp.array([2.0])) if sampled else toy.EVERYONE
     args = arguments(JOINT, ids=ids, weights=weights)
-    state = toy.stir(toy.start(JOINT))
-    alone = h2.make_round(JOINT, specs, client_axis=client_axis, donate=False)
     mesh = jax.make_mesh(
         (8,), ("clients",), devices=cpu_devices, axis_types=(jax.sharding.AxisType.Auto,)
     )
-    together = h2.make_round(JOINT, specs, client_axis=client_axis, mesh=mesh, donate=False)
-    expected = alone(state, *args, toy.SEED)
-    toy.assert_trees_close(together(state, *args, toy.SEED), expected)
+    alone = h2.make_round(JOINT, specs, client_axis=client_axis)
+    together = h2.make_round(JOINT, specs, client_axis=client_axis, mesh=mesh)
+    expected, state = toy.start(JOINT), toy.start(JOINT)
+    state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     text = together.lower(state, *args, toy.SEED).compile().as_text()
     assert "all-reduce" in text  # the uploads were summed across devices
     assert "num_partitions=8" in text
+    for _ in range(3):  # what a round gives has to be good for the next
+        expected, metrics = alone(expected, *args, toy.SEED)
+        state, seen = together(state, *args, toy.SEED)
+    host = lambda tree: jax.tree.map(np.asarray, tree)
+    toy.assert_trees_close(host(state), host(expected), rtol=1e-3, atol=1e-4)
+    toy.assert_trees_close(host(seen), host(metrics), rtol=1e-3, atol=1e-4)
 
 
 def test_rows_of_participants_give_the_same_round_as_the_whole_cohort():
@@ -250,3 +255,180 @@ def test_budget_may_differ_between_cohorts():
         toy.start(JOINT, specs), *arguments(JOINT, specs), toy.SEED
     )
     np.testing.assert_array_equal(metrics.clients["wide"]["steps"], [3, 3, 3])
+
+
+@pytest.mark.parametrize("client_axis", ["scan", "vmap", 2])
+@pytest.mark.parametrize(
+    ("ids", "good"), [([1, 7], [1]), ([1, -1], [1]), ([1, 1], [1]), ([9, 3], [3])]
+)
+def test_ids_that_name_nobody_or_somebody_again_are_refused(client_axis, ids, good):
+    method, specs = h2.local(learning_rate=0.02), toy.make_specs()
+    round_fn = h2.make_round(method, specs, client_axis=client_axis, donate=False)
+    bases, data, *_ = arguments(method)
+    state = toy.start(method)
+    nobody = jnp.zeros(0, jnp.int32)
+    after, metrics = round_fn(
+        state, bases, data, (jnp.array(ids), nobody), None, method.hyper, toy.SEED
+    )
+    expected, _ = round_fn(
+        state, bases, data, (jnp.array(good), nobody), None, method.hyper, toy.SEED
+    )
+    toy.assert_trees_close(after.clients, expected.clients)
+    assert {name: int(count) for name, count in metrics.rejected.items()} == {
+        "narrow": 1,
+        "wide": 0,
+    }
+    np.testing.assert_array_equal(
+        metrics.clients["narrow"]["finite"],
+        [i in good and n == ids.index(i) for n, i in enumerate(ids)],
+    )
+    assert metrics.clients["wide"] == {}
+
+
+def test_a_client_without_examples_does_not_dilute():
+    method, specs = h2.fedavg(learning_rate=0.3), toy.make_specs(targets=())
+    round_fn = h2.make_round(method, specs, donate=False)
+    state = toy.start(method, specs)
+    bases, data, *_ = arguments(method)
+    only = data[0]._replace(num_examples=jnp.array([10, 0, 0, 0, 0], jnp.int32))
+    args = None, method.hyper, toy.SEED
+    nobody = jnp.zeros(0, jnp.int32)
+    diluted, seen = round_fn(state, bases, (only, data[1]), (None, nobody), *args)
+    alone, _ = round_fn(state, bases, data, (jnp.array([0]), nobody), *args)
+    toy.assert_trees_close(diluted.server, alone.server)
+    np.testing.assert_array_equal(seen.clients["narrow"]["steps"], [3, 0, 0, 0, 0])
+    assert int(seen.rejected["narrow"]) == 0
+
+
+def test_a_weight_that_is_not_finite_does_not_count():
+    method, specs = h2.fedavg(), toy.make_specs(targets=())
+    round_fn = h2.make_round(method, specs, donate=False)
+    state = toy.start(method, specs)
+    args = arguments(method)[:3]
+    rest = method.hyper, toy.SEED
+    for bad in (jnp.inf, jnp.nan, -1.0):
+        weights = jnp.array([1.0, bad, 1.0, 1.0, 1.0]), jnp.ones(3)
+        after, _ = round_fn(state, *args, weights, *rest)
+        without, _ = round_fn(state, *args, (weights[0].at[1].set(0.0), weights[1]), *rest)
+        toy.assert_trees_equal(after.server, without.server)
+
+
+def test_more_examples_than_rows_are_no_more_than_rows():
+    method, specs = h2.local(learning_rate=0.02), toy.make_specs()
+    round_fn = h2.make_round(method, specs, donate=False)
+    evaluate = h2.make_evaluate(method, specs, batch_size=4)
+    bases, data, *rest = arguments(method)
+    full = tuple(rows._replace(num_examples=jnp.full_like(rows.num_examples, 10)) for rows in data)
+    over = tuple(rows._replace(num_examples=jnp.full_like(rows.num_examples, 99)) for rows in data)
+    state = toy.start(method)
+    toy.assert_trees_equal(
+        round_fn(state, bases, over, *rest, toy.SEED), round_fn(state, bases, full, *rest, toy.SEED)
+    )
+    toy.assert_trees_equal(evaluate(state, bases, over), evaluate(state, bases, full))
+
+
+def test_a_gradient_that_is_not_finite_behind_a_finite_loss_is_refused():
+    def treacherous(adapters, base, batch, key):
+        loss, metrics = toy.loss_fn(adapters, base, batch, key)
+        # Its value is 0 everywhere, its derivative infinite where x is spoilt.
+        root = jnp.sqrt(
+            jnp.where(batch.examples["x"].max() > 9e3, 0.0, 1.0) * adapters.head[0, 0] ** 2
+        )
+        return loss + 0.0 * root, metrics
+
+    narrow, wide = toy.make_specs()
+    specs = (dataclasses.replace(narrow, loss_fn=treacherous), wide)
+    bases, data, *rest = arguments(JOINT)
+    spoilt = data[0].examples["x"].at[2, 0, 0].set(1e4)
+    data = (data[0]._replace(examples={**data[0].examples, "x": spoilt}), data[1])
+    state = toy.start(JOINT, specs)
+    after, metrics = h2.make_round(JOINT, specs, donate=False)(state, bases, data, *rest, toy.SEED)
+    np.testing.assert_array_equal(
+        metrics.clients["narrow"]["finite"], [True, True, False, True, True]
+    )
+    one = lambda tree: jax.tree.map(lambda x: x[2], tree)
+    toy.assert_trees_equal(one(after.clients[0]), one(state.clients[0]))
+    assert np.isfinite(after.server.middle).all()
+
+
+@pytest.mark.parametrize("client_axis", ["scan", "vmap"])
+def test_a_16_bit_mean_over_many_clients_is_a_mean(client_axis):
+    spec = h2.CohortSpec(
+        name="many",
+        num_clients=600,
+        model=h2.ModelSpec(num_layers=1, sites={}),
+        rank=1,
+        loss_fn=lambda adapters, base, batch, key: (
+            0.5 * ((adapters.head - batch.examples) ** 2).mean(), {}
+        ),
+        init_head_fn=lambda key: jnp.zeros((), jnp.bfloat16),
+        budget=h2.Budget(batch_size=1, epochs=1),
+    )  # fmt: skip
+    method = h2.fedavg(learning_rate=1.0)
+    pulls = jnp.asarray(np.arange(600) % 2, jnp.bfloat16)[:, None]
+    data = h2.ClientData(pulls, jnp.ones(600, jnp.int32))
+    state = h2.init_round(method, (spec,), ((),), None, jax.random.key(0))
+    state, _ = h2.make_round(method, (spec,), client_axis=client_axis)(
+        state, ((),), (data,), None, None, method.hyper, toy.SEED
+    )
+    assert state.server["many"] == 0.5
+
+
+def test_16_bit_losses_are_averaged_in_float32():
+    spec = h2.CohortSpec(
+        name="one",
+        num_clients=1,
+        model=h2.ModelSpec(num_layers=1, sites={}),
+        rank=1,
+        loss_fn=lambda adapters, base, batch, key: (0.0 * adapters.head + 1, {}),
+        init_head_fn=lambda key: jnp.zeros((), jnp.bfloat16),
+        budget=h2.Budget(batch_size=1, steps=1500),
+    )
+    method = h2.fedavg()
+    data = h2.ClientData(jnp.zeros((1, 1)), jnp.ones(1, jnp.int32))
+    state = h2.init_round(method, (spec,), ((),), None, jax.random.key(0))
+    _, metrics = h2.make_round(method, (spec,))(
+        state, ((),), (data,), None, None, method.hyper, toy.SEED
+    )
+    assert metrics.clients["one"]["loss"] == 1
+
+
+def test_x64_with_strict_promotion_and_shuffled_data():
+    with jax.enable_x64(True):
+        method, specs = h2.local(), toy.make_specs(dtype="float64")
+        wide = lambda tree: jax.tree.map(
+            lambda x: x.astype(jnp.float64 if x.dtype == jnp.float32 else jnp.int64), tree
+        )
+        bases, data = wide(toy.make_bases()), wide(toy.make_data(specs))
+        state = h2.init_round(method, specs, bases, None, jax.random.key(0))
+        round_fn = h2.make_round(method, specs)
+        jax.eval_shape(round_fn, state, bases, data, None, None, method.hyper, np.uint32(0))
+
+
+def test_whole_numbers_as_rates_do_not_round_a_schedule():
+    method = h2.local(schedule=h2.cosine_schedule(), optimizer=optax.identity())
+    specs = toy.make_specs()
+    bases, data, ids, weights, hyper = arguments(method)
+    round_fn = h2.make_round(method, specs, donate=False)
+    state = toy.start(method)
+    given = [hyper._replace(head_rate=rate) for rate in (1, 1.0, jnp.float32(1.0))]
+    results = [round_fn(state, bases, data, ids, weights, h, toy.SEED)[0] for h in given]
+    toy.assert_trees_equal(results[0], results[1])
+    toy.assert_trees_equal(results[0], results[2])
+
+
+def test_the_warm_start_stays_a_branch_under_vmap_over_seeds():
+    specs = toy.make_specs()
+    bases, data, ids, weights, hyper = arguments(METHOD)
+    round_fn = h2.make_round(METHOD, specs, client_axis="vmap", donate=False)
+    states = jax.vmap(lambda key: h2.init_round(METHOD, specs, bases, None, key))(
+        jax.random.split(jax.random.key(0), 2)
+    )
+    states = states._replace(round=jnp.int32(0))
+    axes = h2.RoundState(None, 0, 0)
+    many = jax.vmap(
+        lambda state: round_fn(state, bases, data, ids, weights, hyper, toy.SEED),
+        in_axes=(axes,),
+        out_axes=(axes, 0),
+    )
+    assert jax.jit(many).lower(states).as_text().count("stablehlo.case") == len(specs)

@@ -102,9 +102,7 @@ def main(rounds=15):
         evaluate = h2.make_evaluate(method, specs, batch_size=128)
         state = h2.init_round(method, specs, bases, None, jax.random.key(0))
         for _ in range(rounds):
-            state, metrics = round_fn(
-                state, bases, train, (None, None), (None, None), method.hyper, jnp.uint32(0)
-            )
+            state, metrics = round_fn(state, bases, train, None, None, method.hyper, jnp.uint32(0))
         results = evaluate(state, bases, test)
         accuracy[method.name] = {name: float(r["accuracy"].mean()) for name, r in results.items()}
         traffic = {n: int(m["numbers_up"][0]) for n, m in metrics.clients.items()}

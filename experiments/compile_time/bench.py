@@ -41,7 +41,7 @@ def compile_once(client_axis, layers, clients):
     spec = h2.CohortSpec(
         name="one",
         num_clients=clients,
-        model=h2.ModelSpec(num_layers=layers, sites={k: (WIDTH, WIDTH) for k in ("q", "v")}),
+        model=h2.ModelSpec(num_layers=layers, sites=dict.fromkeys(("q", "v"), (WIDTH, WIDTH))),
         rank=4,
         loss_fn=loss_fn,
         init_head_fn=lambda key: 0.02 * jax.random.normal(key, (WIDTH, 4)),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from h2tune_jax.types import Array, FederationError
+from h2tune_jax.types import Array, FederationError, at_least_float32
 
 
 def depth(num_slots: int, num_layers: int, dtype=jnp.float32) -> Array:  # [L, Li]
@@ -44,6 +44,7 @@ def gram(activations: Array) -> Array:  # [Li, n, d] -> [Li, n, n]
 
     This is all that a client has to show of its activations for `cka`.
     """
+    activations = activations.astype(at_least_float32(activations.dtype))
     x = activations - activations.mean(axis=1, keepdims=True)
     return jnp.einsum("lnd,lmd->lnm", x, x)
 

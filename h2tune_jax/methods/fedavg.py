@@ -40,6 +40,10 @@ def fedavg(
         for spec in specs:
             if spec.init_head_fn is None:
                 raise FederationError(f"cohort {spec.name!r}: init_head_fn is missing")
+            if spec.kinds:
+                raise FederationError(
+                    f"cohort {spec.name!r}: fedavg trains whole models and no adapters; set targets=()"
+                )
 
     def init_server(specs, key, bases, probe) -> dict[str, PyTree]:
         del bases, probe
@@ -64,7 +68,9 @@ def fedavg(
 
         carry = start, optimizer.init(start)
         (params, _), metrics = run_steps(spec.budget, key, data, carry, step_fn)
-        return client, jax.tree.map(jnp.subtract, params, start), metrics
+        size = jnp.asarray(sum(leaf.size for leaf in jax.tree.leaves(start)), jnp.int32)
+        traffic = {"numbers_up": size, "numbers_down": size}
+        return client, jax.tree.map(jnp.subtract, params, start), {**metrics, **traffic}
 
     def server_aggregate(
         specs, key, server, bases, probe, uploads, weights, client_ids, round_index

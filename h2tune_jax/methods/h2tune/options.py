@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from h2tune_jax.adapters import triple
-from h2tune_jax.check import check_choice, check_not_negative, check_positive, near_match
+from h2tune_jax.check import (
+    check_choice,
+    check_not_negative,
+    check_positive,
+    check_whole,
+    near_match,
+)
 from h2tune_jax.training import Schedule, cosine_schedule
 from h2tune_jax.types import Array, FederationError
 
@@ -104,7 +110,9 @@ class H2TuneOptions:
             fill("average", "all" if self.entrywise else "selected")
         for field, allowed in CHOICES.items():
             check_choice(field, getattr(self, field), allowed)
-        for field in ("learning_rate", "shared_rate", "head_rate", "shared_rank", "num_slots"):
+        for field in ("shared_rank", "num_slots"):
+            check_whole(field, getattr(self, field))
+        for field in ("learning_rate", "shared_rate", "head_rate"):
             check_positive(field, getattr(self, field))
         for field in (
             "weight_decay",

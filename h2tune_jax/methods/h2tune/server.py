@@ -13,7 +13,15 @@ from h2tune_jax.methods.h2tune.state import (
     kind_places,
     shared_kinds,
 )
-from h2tune_jax.types import Array, CohortSpec, Download, FederationError, PyTree, Specs
+from h2tune_jax.types import (
+    Array,
+    CohortSpec,
+    Download,
+    FederationError,
+    PyTree,
+    Specs,
+    at_least_float32,
+)
 
 
 def shared_rank(options: H2TuneOptions, specs: Specs) -> int:
@@ -89,7 +97,8 @@ def server_aggregate(
 ) -> tuple[H2TuneServer, dict]:
     """G <- sum w_i G_i / sum w_i over those who have the slot, the kind and (selected) the entry."""
     del key, bases, probe, weights, client_ids, round_index
-    total, share = jnp.zeros_like(server.middle), jnp.zeros_like(server.middle)
+    total = jnp.zeros_like(server.middle, dtype=at_least_float32(server.middle.dtype))
+    share = jnp.zeros_like(total)
     for spec, part in zip(specs, uploads):
         if part is not None:
             places = kind_places(specs, spec)

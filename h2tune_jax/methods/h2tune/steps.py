@@ -96,7 +96,8 @@ class LocalRound(NamedTuple):
 
     def selection(self, shared: Part) -> Array:
         """Return the active entries at this step."""
-        if self.options.select_at == "download":
+        constant = self.options.selection in ("leading", "score_frozen", "random")
+        if self.options.select_at == "download" or constant:
             return self.client.active
         scores = shared.get("scores", self.client.scores)
         middle = middle_of(self.options, self.client, shared)
