@@ -24,8 +24,15 @@ $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,parity,data]'
 	touch $@
 
-demo: $(VENV)/.base
+# Real models are read from GGUF, which is an extra.
+$(VENV)/.demo: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data]'
+	touch $@
+
+demo: $(VENV)/.demo
 	$(BIN)/python experiments/bring_your_own_model/federate.py
+	$(MAKE) assets
+	$(BIN)/python experiments/three_models/federate.py
 
 assets: $(VENV)/.base
 	$(BIN)/python -m h2tune_jax.tasks.assets minilm smollm2 trec sarcasm rotten_tomatoes

@@ -133,6 +133,7 @@ class CohortSpec:
       budget: the local work of one round.
       targets: the kinds that are adapted; None means all that the model has.
       init_head_fn: key -> parameters of one client's task head; None means no head.
+      head_rate_factor: multiplies the method's rate of task heads for this cohort.
       alpha: adapters are scaled by alpha / rank.
       dropout: adapter dropout rate, on the input of A.
       dtype: of every adapter parameter.
@@ -148,6 +149,7 @@ class CohortSpec:
     budget: Budget
     targets: tuple[str, ...] | None = None
     init_head_fn: Callable[[Array], PyTree] | None = None
+    head_rate_factor: float = 1.0
     alpha: float = 16.0
     dropout: float = 0.0
     dtype: Any = "float32"
@@ -166,8 +168,11 @@ class CohortSpec:
                 )
         if self.rank < 1:
             raise FederationError(f"{where}: rank must be at least 1, got {self.rank}")
-        if not self.alpha > 0:
-            raise FederationError(f"{where}: alpha must be positive, got {self.alpha}")
+        for field in ("alpha", "head_rate_factor"):
+            if not getattr(self, field) > 0:
+                raise FederationError(
+                    f"{where}: {field} must be positive, got {getattr(self, field)}"
+                )
         if not 0 <= self.dropout < 1:
             raise FederationError(f"{where}: dropout must lie in [0, 1), got {self.dropout}")
         if self.kernels not in get_args(Kernels):

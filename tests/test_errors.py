@@ -29,6 +29,7 @@ def refuses(message, call, *args, **kwargs):
         ({"kernels": "tritn"}, "cohort 'narrow': kernels.*did you mean 'triton'|allowed: auto"),
         ({"kernels": "triton", "dropout": 0.1}, "'triton' excludes adapter dropout"),
         ({"alpha": 0.0}, "cohort 'narrow': alpha must be positive"),
+        ({"head_rate_factor": 0.0}, "cohort 'narrow': head_rate_factor must be positive"),
         ({"dropout": 1.0}, r"cohort 'narrow': dropout must lie in \[0, 1\)"),
         ({"targets": ("q", "upp")}, "cohort 'narrow': targets names 'upp'.*did you mean 'up'"),
     ],

@@ -432,3 +432,22 @@ def test_the_warm_start_stays_a_branch_under_vmap_over_seeds():
         out_axes=(axes, 0),
     )
     assert jax.jit(many).lower(states).as_text().count("stablehlo.case") == len(specs)
+
+
+@pytest.mark.parametrize(
+    "method", [h2.local(optimizer=optax.identity()), h2.h2tune(optimizer=optax.identity())]
+)
+def test_a_cohort_has_its_own_rate_for_the_head(method):
+    specs = toy.make_specs(budget=h2.Budget(batch_size=4, steps=1))
+    quick = dataclasses.replace(specs[0], head_rate_factor=3.0), specs[1]
+    state = toy.start(method, specs)
+    moved = []
+    for federation in (specs, quick):
+        round_fn = h2.make_round(method, federation, donate=False)
+        after, _ = round_fn(state, *arguments(method, federation), toy.SEED)
+        head = lambda s, i: (
+            s.clients[i].head if method.name == "h2tune" else s.clients[i].params["head"]
+        )
+        moved.append([np.asarray(head(after, i) - head(state, i)) for i in (0, 1)])
+    np.testing.assert_allclose(moved[1][0], 3 * moved[0][0], rtol=2e-3, atol=1e-7)
+    np.testing.assert_array_equal(moved[1][1], moved[0][1])

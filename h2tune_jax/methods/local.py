@@ -99,7 +99,7 @@ def local(
                 rate if schedule is None else rate * schedule(step, num_steps).astype(rate.dtype)
             )
             rates = dict.fromkeys(params, pace(hyper.learning_rate))
-            rates["head"] = pace(hyper.head_rate)
+            rates["head"] = pace(spec.head_rate_factor * hyper.head_rate)
             decay = dict.fromkeys(params, hyper.weight_decay)
             params, opt = descend(optimizer, grads, opt, params, rates, decay=decay)
             where = f"cohort {spec.name!r}"

@@ -54,7 +54,7 @@ def make_cohort(name, model, num_labels, **fields):
 
 
 STEPS, BATCH, RANK, ALPHA = 20, 16, 8, 16.0
-RATE, HEAD_RATE, DECAY = 2e-3, 1e-2, 0.01
+RATE, HEAD_RATE, DECAY = 2e-3, 1e-2, 0.1
 MODULES = {
     "q": "attention.self.query",
     "k": "attention.self.key",
@@ -66,7 +66,7 @@ MODULES = {
 
 
 def torch_losses(folder, params, batches):
-    """Losses of the first steps of torch and peft from our initial factors and head."""
+    """Losses of the steps of torch and peft from our initial factors and head, and without steps."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         folder,
         num_labels=len(TREC),
@@ -104,18 +104,18 @@ def torch_losses(folder, params, batches):
         [{"params": split(False), "lr": RATE}, {"params": split(True), "lr": HEAD_RATE}],
         weight_decay=DECAY,
     )
+    names = "input_ids", "attention_mask", "labels"
+    inputs = [{name: torch.tensor(batch[name]).long() for name in names} for batch in batches]
+    with torch.no_grad():
+        untrained = [model(**batch).loss.item() for batch in inputs]
     losses = []
-    for batch in batches:
-        inputs = {
-            name: torch.tensor(batch[name]).long()
-            for name in ("input_ids", "attention_mask", "labels")
-        }
-        loss = model(**inputs).loss
+    for batch in inputs:
+        loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return np.array(losses)
+    return np.array(losses), np.array(untrained)
 
 
 def test_loss_curve_equals_that_of_peft(minilm, minilm_model, tokenizer, questions):
@@ -141,11 +141,46 @@ def test_loss_curve_equals_that_of_peft(minilm, minilm_model, tokenizer, questio
         args = (base,), data, (None,), (None,), method.hyper, SEED
         state, metrics = round_fn(state, *args)
         ours.append(float(metrics.clients["trec"]["loss"][0]))
-    theirs = torch_losses(minilm, params, batches)
+    theirs, untrained = torch_losses(minilm, params, batches)
     gap = np.abs(np.array(ours) - theirs)
     print(f"losses {np.round(theirs, 4).tolist()}, largest difference {gap.max():.1e}")
-    assert theirs[-5:].mean() < theirs[:5].mean() - 0.2  # a curve that learns, not a flat one
+    assert (untrained - theirs)[-5:].mean() > 0.1  # it learns: to stand still would not do
     assert gap.max() < 1e-3
+
+
+@pytest.mark.slow
+def test_lora_reaches_a_known_accuracy(minilm_model, tokenizer, questions):
+    """All of TREC but 500 test questions, 3 epochs, the pooling and head of BERT's own classifier."""
+    model, base = minilm_model
+    # Chosen on 500 validation questions, with the other 4,381 to train on: of learning rates 1e-3, 2e-3
+    # and 4e-3 (0.934, 0.944 and 0.916) the best; the rest was set at the start and stayed.
+    # 24 tokens cut 131 of 5,381 questions.
+    examples = encode(questions, tokenizer, TREC, 24)
+    sizes = {"test": 500, "train": None}
+    splits = tasks.split_rows(questions, sizes, seed=0, by=lambda row: row["text"])
+    assert len(splits["train"]) == 4881
+    budget = h2.Budget(batch_size=32, epochs=3)
+    spec = make_cohort("trec", model, len(TREC), num_clients=1, rank=16, budget=budget)
+    method = h2.local(
+        learning_rate=2e-3,
+        head_rate=5e-3,
+        weight_decay=0.01,
+        schedule=h2.cosine_schedule(warmup=0.1),
+    )
+    data, test = ((tasks.make_clients(examples, [splits[name]]),) for name in ("train", "test"))
+    evaluate = h2.make_evaluate(method, (spec,), batch_size=100)
+    state = h2.init_round(method, (spec,), (base,), None, jax.random.key(0))
+    before = float(evaluate(state, (base,), test)["trec"]["accuracy"][0])
+    args = state, (base,), data, (None,), (None,), method.hyper, SEED
+    # The tests compile without optimising; here that would cost more than it saves.
+    optimised = {"xla_backend_optimization_level": 3}
+    round_fn = h2.make_round(method, (spec,)).lower(*args).compile(compiler_options=optimised)
+    state, metrics = round_fn(*args)
+    assert metrics.clients["trec"]["steps"][0] == 3 * 153
+    after = float(evaluate(state, (base,), test)["trec"]["accuracy"][0])
+    print(f"LoRA of MiniLM on TREC: test accuracy {before:.3f} before, {after:.3f} after 3 epochs")
+    assert before < 0.5
+    assert after >= 0.92
 
 
 PUBLIC = 64  # texts of the probe

@@ -175,7 +175,8 @@ class LocalRound(NamedTuple):
     def step_own(self, state: LocalState, grads: Part, step, num_steps):
         """Move A, B and the head."""
         rates = dict.fromkeys(state.own, self.pace(self.hyper.learning_rate, step, num_steps))
-        rates["head"] = self.pace(self.hyper.head_rate, step, num_steps)
+        head_rate = self.spec.head_rate_factor * self.hyper.head_rate
+        rates["head"] = self.pace(head_rate, step, num_steps)
         decay = dict.fromkeys(state.own, self.hyper.weight_decay)
         own, opt = descend(
             self.options.transform, grads, state.own_opt, state.own, rates, decay=decay
