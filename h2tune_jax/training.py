@@ -93,7 +93,8 @@ def batch_reader(
     def read(step: Array) -> Batch:
         place = (step % steps_per_epoch) * width + jnp.arange(width, dtype=jnp.int32)
         rows = read_order(step // steps_per_epoch)[jnp.minimum(place, size - 1)]
-        examples = jax.tree.map(lambda leaf: leaf[rows], data.examples)
+        take = lambda leaf: leaf.at[rows].get(mode="promise_in_bounds")  # an order holds rows only
+        examples = jax.tree.map(take, data.examples)
         return Batch(examples, place < num_examples)
 
     return read

@@ -2,7 +2,8 @@
 
 A FedAvg round on 200 clients x 100 examples, a 784-128-62 MLP, batch 20, one epoch, plain SGD: through
 `make_round`, against the better of a bare `scan` and a bare `vmap` over clients. Rounds are timed in
-turn, so that a drift of the machine meets both sides of a pair.
+turn, so that a drift of the machine meets both sides of a pair, and the turn rotates, because what runs
+after the vmap finds its caches cold.
 
     python experiments/engine_overhead/bench.py [--pairs 25] [--csv FILE]
 """
@@ -111,9 +112,10 @@ def main():
     carries["bare_vmap"] = carries["bare_scan"]
     times = {name: [] for name in programs}
     for pair in range(args.pairs + 2):
-        for name, program in programs.items():
+        names = list(programs)
+        for name in names[pair % 3 :] + names[: pair % 3]:
             began = time.perf_counter()
-            carries[name] = jax.block_until_ready(program(carries[name]))
+            carries[name] = jax.block_until_ready(programs[name](carries[name]))
             if pair >= 2:  # the first two compile and warm up
                 times[name].append(time.perf_counter() - began)
 

@@ -70,22 +70,19 @@ def fedavg(
         (params, _), metrics = run_steps(spec.budget, key, data, carry, step_fn)
         size = jnp.asarray(sum(leaf.size for leaf in jax.tree.leaves(start)), jnp.int32)
         traffic = {"numbers_up": size, "numbers_down": size}
-        return client, jax.tree.map(jnp.subtract, params, start), {**metrics, **traffic}
+        return client, params, {**metrics, **traffic}
 
     def server_aggregate(
         specs, key, server, bases, probe, uploads, weights, client_ids, round_index
     ):
         del key, bases, probe, weights, client_ids, round_index
 
-        def move(params, part):
-            if part is None:
-                return params
-            total, share = part
-            none = jax.tree.map(jnp.zeros_like, params)
-            return jax.tree.map(jnp.add, params, aggregate.mean_or_keep(total, share, none))
-
-        moved = {spec.name: move(server[spec.name], part) for spec, part in zip(specs, uploads)}
-        return moved, {}
+        means = dict(server)
+        for spec, part in zip(specs, uploads):
+            if part is not None:
+                total, share = part
+                means[spec.name] = aggregate.mean_or_keep(total, share, server[spec.name])
+        return means, {}
 
     return FederatedMethod(
         name="fedavg",

@@ -5,9 +5,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 import transformers
 
 import h2tune_jax as h2
@@ -15,6 +13,8 @@ from h2tune_jax import tasks
 from h2tune_jax.models import load_tokenizer, prune_depth
 from h2tune_jax.tasks import assets, corpora
 
+torch = pytest.importorskip("torch", reason="the extra `parity` is not installed")
+peft = pytest.importorskip("peft", reason="the extra `parity` is not installed")
 torch.set_num_threads(1)
 TREC = corpora.LABELS["trec"]
 SARCASM = corpora.LABELS["sarcasm"]
@@ -152,17 +152,18 @@ def test_loss_curve_equals_that_of_peft(minilm, minilm_model, tokenizer, questio
 def test_lora_reaches_a_known_accuracy(minilm_model, tokenizer, questions):
     """All of TREC but 500 test questions, 3 epochs, the pooling and head of BERT's own classifier."""
     model, base = minilm_model
-    # Chosen on 500 validation questions, with the other 4,381 to train on: of learning rates 1e-3, 2e-3
-    # and 4e-3 (0.934, 0.944 and 0.916) the best; the rest was set at the start and stayed.
+    # Chosen on 1,000 validation questions, with 3,881 to train on and the test questions left out:
+    # batch 16 at 1e-3 (0.943) before batch 32 at 2e-3 (0.933; by mean pooling 0.936). On 500 of them
+    # batch 32 reached 0.934, 0.944 and 0.916 at 1e-3, 2e-3 and 4e-3. The rest was set once.
     # 24 tokens cut 131 of 5,381 questions.
     examples = encode(questions, tokenizer, TREC, 24)
     sizes = {"test": 500, "train": None}
     splits = tasks.split_rows(questions, sizes, seed=0, by=lambda row: row["text"])
     assert len(splits["train"]) == 4881
-    budget = h2.Budget(batch_size=32, epochs=3)
+    budget = h2.Budget(batch_size=16, epochs=3)
     spec = make_cohort("trec", model, len(TREC), num_clients=1, rank=16, budget=budget)
     method = h2.local(
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         head_rate=5e-3,
         weight_decay=0.01,
         schedule=h2.cosine_schedule(warmup=0.1),
@@ -176,7 +177,7 @@ def test_lora_reaches_a_known_accuracy(minilm_model, tokenizer, questions):
     optimised = {"xla_backend_optimization_level": 3}
     round_fn = h2.make_round(method, (spec,)).lower(*args).compile(compiler_options=optimised)
     state, metrics = round_fn(*args)
-    assert metrics.clients["trec"]["steps"][0] == 3 * 153
+    assert metrics.clients["trec"]["steps"][0] == 3 * 306
     after = float(evaluate(state, (base,), test)["trec"]["accuracy"][0])
     print(f"LoRA of MiniLM on TREC: test accuracy {before:.3f} before, {after:.3f} after 3 epochs")
     assert before < 0.5

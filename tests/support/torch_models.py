@@ -5,11 +5,13 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
-import torch
+import pytest
 
 from h2tune_jax.adapters.site import SiteAdapter
 from h2tune_jax.models.load_hf import load_hf
+
+torch = pytest.importorskip("torch", reason="the extra `parity` is not installed")
+peft = pytest.importorskip("peft", reason="the extra `parity` is not installed")
 
 torch.set_num_threads(1)
 LENGTHS = (9, 6, 4)
