@@ -15,9 +15,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_collection_modifyitems(items):
-    """Keep a file's tests on one worker, so that what they compile is compiled once."""
+    """Keep a file's fast tests on one worker, so that what they compile is compiled once."""
     for item in items:
-        if item.get_closest_marker("xdist_group") is None:
+        alone = item.get_closest_marker("slow") or item.get_closest_marker("xdist_group")
+        if not alone:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
