@@ -44,6 +44,11 @@ def cosine_schedule(warmup: float = 0.0) -> Schedule:
     return multiplier
 
 
+def pace(rate: Array, schedule: Schedule | None, step: Array, num_steps: Array) -> Array:
+    """Return a learning rate at this step of the round."""
+    return rate if schedule is None else rate * schedule(step, num_steps).astype(rate.dtype)
+
+
 StepFn = Callable[[PyTree, Batch, Array, Array, Array], tuple[PyTree, Metrics]]
 """(carry, batch, key, step, num_steps) -> (carry, scalar metrics)."""
 

@@ -10,7 +10,7 @@ from h2tune_jax.adapters import triple
 from h2tune_jax.adapters.site import SiteAdapter
 from h2tune_jax.check import check_choice, check_not_negative, check_positive
 from h2tune_jax.method import FederatedMethod
-from h2tune_jax.training import Schedule, descend, run_steps, scalar_metrics
+from h2tune_jax.training import Schedule, descend, pace, run_steps, scalar_metrics
 from h2tune_jax.types import Adapters, Array, CohortSpec, Download, PyTree, fold_name
 
 
@@ -95,11 +95,9 @@ def local(
                 return spec.loss_fn(assemble(spec, params), base, batch, key)
 
             (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
-            pace = lambda rate: (
-                rate if schedule is None else rate * schedule(step, num_steps).astype(rate.dtype)
-            )
-            rates = dict.fromkeys(params, pace(hyper.learning_rate))
-            rates["head"] = pace(spec.head_rate_factor * hyper.head_rate)
+            now = schedule, step, num_steps
+            rates = dict.fromkeys(params, pace(hyper.learning_rate, *now))
+            rates["head"] = pace(spec.head_rate_factor * hyper.head_rate, *now)
             decay = dict.fromkeys(params, hyper.weight_decay)
             params, opt = descend(optimizer, grads, opt, params, rates, decay=decay)
             where = f"cohort {spec.name!r}"

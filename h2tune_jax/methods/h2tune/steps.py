@@ -10,7 +10,7 @@ from h2tune_jax.adapters.site import SiteAdapter
 from h2tune_jax.methods.h2tune import terms
 from h2tune_jax.methods.h2tune.options import H2TuneHyper, H2TuneOptions
 from h2tune_jax.methods.h2tune.state import H2TuneClient
-from h2tune_jax.training import descend, scalar_metrics
+from h2tune_jax.training import descend, pace, scalar_metrics
 from h2tune_jax.types import Adapters, Array, Batch, CohortSpec, FederationError, Metrics, PyTree
 
 Part = dict[str, Any]  # the shared or the specific part of a client, by the names below
@@ -145,12 +145,6 @@ class LocalRound(NamedTuple):
             )
         return jax.lax.stop_gradient(metrics["logits"])
 
-    def pace(self, rate: Array, step: Array, num_steps: Array) -> Array:
-        """Return a learning rate at this step."""
-        if self.options.schedule is None:
-            return rate
-        return rate * self.options.schedule(step, num_steps).astype(rate.dtype)
-
     def step_shared(self, state: LocalState, grads: Part, index: Array, step, num_steps):
         """Move the shared part; entries that are not selected stay as downloaded."""
         keep: Part = dict.fromkeys(state.shared)
@@ -165,7 +159,7 @@ class LocalRound(NamedTuple):
         else:
             ones = jnp.ones((*index.shape[:2], self.spec.rank, self.spec.rank), bool)
             keep["middle"] = triple.scatter(ones, index, self.size)
-        rate = self.pace(self.hyper.shared_rate, step, num_steps)
+        rate = pace(self.hyper.shared_rate, self.options.schedule, step, num_steps)
         rates = dict.fromkeys(state.shared, rate)
         shared, opt = descend(
             self.options.transform, grads, state.shared_opt, state.shared, rates, keep=keep
@@ -174,9 +168,11 @@ class LocalRound(NamedTuple):
 
     def step_own(self, state: LocalState, grads: Part, step, num_steps):
         """Move A, B and the head."""
-        rates = dict.fromkeys(state.own, self.pace(self.hyper.learning_rate, step, num_steps))
+        now = step, num_steps
+        rate = pace(self.hyper.learning_rate, self.options.schedule, *now)
+        rates = dict.fromkeys(state.own, rate)
         head_rate = self.spec.head_rate_factor * self.hyper.head_rate
-        rates["head"] = self.pace(head_rate, step, num_steps)
+        rates["head"] = pace(head_rate, self.options.schedule, *now)
         decay = dict.fromkeys(state.own, self.hyper.weight_decay)
         own, opt = descend(
             self.options.transform, grads, state.own_opt, state.own, rates, decay=decay
