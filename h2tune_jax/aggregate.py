@@ -1,9 +1,44 @@
-"""Server maths: sums and means over clients, with masks for what a client does not have."""
+"""Server maths: sums and means over clients, with masks for what a client does not have.
+
+Rules that need equal base shapes run once an architecture, over all of its cohorts, whatever their
+tasks: `architectures` says which those are.
+"""
+
+import zlib
 
 import jax
 import jax.numpy as jnp
 
-from h2tune_jax.types import Array, PyTree, at_least_float32
+from h2tune_jax.types import Array, CohortSpec, FederationError, PyTree, Specs, at_least_float32
+
+
+def architecture(spec: CohortSpec) -> str:
+    """Name the frozen base that a cohort adapts: its name, depth and the shapes of its sites."""
+    shapes = zlib.crc32(repr(spec.model.sites).encode())
+    return f"{spec.model.name or 'model'}-{spec.model.num_layers}-{shapes:08x}"
+
+
+def architectures(specs: Specs) -> dict[str, tuple[int, ...]]:
+    """Return the positions of each architecture's cohorts."""
+    groups: dict[str, tuple[int, ...]] = {}
+    for place, spec in enumerate(specs):
+        groups[architecture(spec)] = (*groups.get(architecture(spec), ()), place)
+    return groups
+
+
+def check_alike(method: str, specs: Specs, fields: tuple[str, ...]) -> None:
+    """Refuse cohorts of one architecture that differ in what the method needs to be equal."""
+    for group in architectures(specs).values():
+        first = specs[group[0]]
+        for spec in (specs[place] for place in group[1:]):
+            for field in fields:
+                ours, theirs = getattr(spec, field), getattr(first, field)
+                if ours != theirs:
+                    raise FederationError(
+                        f"cohort {spec.name!r}: {field} {ours!r} differs from {theirs!r} of cohort "
+                        f"{first.name!r}; {method} averages clients of one architecture and needs "
+                        f"them to have the same {field}"
+                    )
 
 
 def weighted_part(tree: PyTree, weight: Array, mask: PyTree | None = None) -> tuple[PyTree, PyTree]:
@@ -33,3 +68,131 @@ def mean_or_keep(total: PyTree, share: PyTree, previous: PyTree) -> PyTree:
         return jnp.where(share > 0, mean.astype(previous.dtype), previous)
 
     return jax.tree.map(divide, total, share, previous)
+
+
+def mean_by_architecture(
+    specs: Specs, parts: tuple, previous: dict[str, PyTree]
+) -> dict[str, PyTree]:
+    """Take the weighted mean of each architecture's clients, over all of its cohorts.
+
+    `parts` has, a cohort, the sum of its clients' `weighted_part`s, or None where nobody took part.
+    """
+    means = dict(previous)
+    for name, group in architectures(specs).items():
+        present = [parts[place] for place in group if parts[place] is not None]
+        if present:
+            total, share = jax.tree.map(lambda *leaves: sum(leaves), *present)
+            means[name] = mean_or_keep(total, share, previous[name])
+    return means
+
+
+def sum_parts(uploads: PyTree, weights: Array) -> tuple[PyTree, PyTree]:
+    """Return the sum of stacked clients' `weighted_part`s."""
+    each = jax.vmap(weighted_part)(uploads, weights)
+    return jax.tree.map(lambda leaf: leaf.sum(axis=0), each)
+
+
+def in_order(weights: Array, client_ids: Array) -> Array:  # i32[S]
+    """Return the places of those who count, by id, and then of the others.
+
+    Stacked in this order, what clients bring does not depend on the order that they came in.
+    """
+    last = jnp.iinfo(client_ids.dtype).max
+    return jnp.argsort(jnp.where(weights > 0, client_ids, last))
+
+
+def stack_products(
+    specs: Specs,
+    group: tuple[int, ...],
+    uploads: tuple,
+    weights: tuple[Array, ...],
+    client_ids: tuple[Array, ...],
+    *,
+    centre: PyTree = None,
+) -> tuple[dict[str, tuple[Array, Array]], Array] | None:
+    """Stack an architecture's factors so that their product is sum_i s_i scale_i A_i B_i.
+
+    Uploads hold "a" and "b" by kind, leaves [S, Li, ...]; s_i is the client's share of the weights.
+    With a `centre` (A, B) the product is sum_i s_i scale_i (A_i - A)(B_i - B). Returns, by kind, the
+    stacks (T[Li, D, W], T[Li, W, F]), and which of the W columns count (bool[W]); None where nobody of
+    the architecture took part.
+    """
+    present = [place for place in group if uploads[place] is not None]
+    if not present:
+        return None
+    total = sum(weights[place].sum() for place in present)
+    stacks: dict[str, list[tuple[Array, Array]]] = {kind: [] for kind in specs[group[0]].kinds}
+    valid = []
+    for place in present:
+        spec, order = specs[place], in_order(weights[place], client_ids[place])
+        ordered = weights[place][order]
+        valid.append(jnp.repeat(ordered > 0, spec.rank))
+        share = spec.scale * ordered / jnp.where(total > 0, total, 1)
+        for kind in spec.kinds:
+            a, b = (uploads[place][part][kind][order] for part in ("a", "b"))
+            a, b = (x.astype(at_least_float32(x.dtype)) for x in (a, b))
+            if centre is not None:
+                a, b = (x - c[kind].astype(x.dtype)[None] for x, c in zip((a, b), centre))
+            a = a * share.astype(a.dtype)[:, None, None, None]
+            clients, layers, width, rank = a.shape
+            stacks[kind].append(
+                (
+                    jnp.moveaxis(a, 0, 2).reshape(layers, width, clients * rank),
+                    jnp.moveaxis(b, 0, 1).reshape(layers, clients * rank, -1),
+                )
+            )
+    joined = {
+        kind: (
+            jnp.concatenate([a for a, _ in parts], axis=2),
+            jnp.concatenate([b for _, b in parts], axis=1),
+        )
+        for kind, parts in stacks.items()
+    }
+    return joined, jnp.concatenate(valid)
+
+
+def product_norm(a: Array, b: Array) -> Array:
+    """Frobenius norms of a [..., D, r] @ b [..., r, F] from the factors' Gram matrices: [...]."""
+    a, b = (x.astype(at_least_float32(x.dtype)) for x in (a, b))
+    squares = ((a.mT @ a) * (b @ b.mT)).sum(axis=(-2, -1))
+    return jnp.sqrt(jnp.maximum(squares, 0))
+
+
+def low_rank_svd(u: Array, v: Array, rank: int) -> tuple[Array, Array, Array]:
+    """Singular vectors and values of u [D, W] @ v [W, F], without forming the product.
+
+    QR of both stacks, SVD of the small core between them. Returns the `rank` largest (left [D, rank],
+    values [rank], right [rank, F]), with zeros where the product has no more of them; the largest
+    entry of each left vector is positive.
+    """
+    left, left_core = jnp.linalg.qr(u)
+    right, right_core = jnp.linalg.qr(v.T)
+    inner, values, outer = jnp.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    # Rounding leaves values of the size of eps where the product has none.
+    floor = max(u.shape[0], v.shape[1]) * jnp.finfo(u.dtype).eps * values[:1]
+    left, right = left @ inner, outer @ right.T
+    peak = jnp.take_along_axis(left, jnp.abs(left).argmax(axis=0)[None, :], axis=0)[0]
+    sign = jnp.where(peak < 0, -1, 1).astype(u.dtype)
+    true = values > floor
+    left = jnp.where(true[None, :], left * sign[None, :], 0)
+    right = jnp.where(true[:, None], right * sign[:, None], 0)
+    values = jnp.where(true, values, 0)
+    grow = max(rank - values.shape[0], 0)
+    pad = lambda x, axis: jnp.pad(x, [(0, grow if i == axis else 0) for i in range(x.ndim)])
+    return pad(left, 1)[:, :rank], pad(values, 0)[:rank], pad(right, 0)[:rank]
+
+
+def note_latest(
+    old: PyTree,  # leaves [C, ...], what each client of a cohort has last sent
+    sent: PyTree,  # leaves [S, ...]
+    client_ids: Array,  # i32[S]
+    weights: Array,  # f32[S]
+) -> PyTree:
+    """Write what those who count have sent over what was there, for rules that remember clients."""
+
+    def write(before: Array, new: Array) -> Array:
+        # Out of range writes nothing: so it is for those who do not count.
+        place = jnp.where(weights > 0, client_ids, before.shape[0])
+        return before.at[place].set(new.astype(before.dtype), mode="drop")
+
+    return jax.tree.map(write, old, sent)

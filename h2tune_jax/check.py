@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -150,6 +150,24 @@ def check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
     """Refuse an option's value that is not one of those allowed."""
     if value not in allowed:
         raise FederationError(f"{field}: {value!r} is unknown; {near_match(value, allowed)}")
+
+
+def check_named_cohorts(
+    field: str, values: Mapping[str, Any], specs: Specs, most_fn: Callable[[CohortSpec], int]
+) -> None:
+    """Refuse a setting by cohort that names none, or is not a whole number up to what there is."""
+    names = [spec.name for spec in specs]
+    for name, value in values.items():
+        if name not in names:
+            raise FederationError(
+                f"{field} names the cohort {name!r}, which is not there; {near_match(name, names)}"
+            )
+        check_whole(f"cohort {name!r}: {field}", value)
+        most = most_fn(specs[names.index(name)])
+        if value > most:
+            raise FederationError(
+                f"cohort {name!r}: {field}: {value} is above the {most} there are"
+            )
 
 
 def check_positive(field: str, value: float | None) -> None:

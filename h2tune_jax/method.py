@@ -18,6 +18,9 @@ from h2tune_jax.types import (
     Specs,
 )
 
+DriftFn = Callable[[PyTree, PyTree], Array]
+"""(the shared part as it is trained, the same as it was downloaded) -> a scalar, added to the loss."""
+
 
 class InitServer(Protocol):
     """Start the server. `bases` and `probe` (public texts, or None) have one entry a cohort."""
@@ -56,6 +59,9 @@ class ClientUpdate(Protocol):
 
     The metrics are scalars. Among them are `loss`, and `numbers_up` and `numbers_down`, what has to
     travel. The engine refuses the client's result when loss, upload or next state is not finite.
+
+    With a `drift_fn` the method adds `drift_fn(shared part, shared part as downloaded)` to the
+    objective that trains its shared part: how `proximal` wraps any method. The engine gives none.
     """
 
     def __call__(
@@ -69,6 +75,8 @@ class ClientUpdate(Protocol):
         hyper: Any,
         round_index: Array,
         /,
+        *,
+        drift_fn: DriftFn | None = None,
     ) -> tuple[PyTree, PyTree, Metrics]: ...
 
 
@@ -120,6 +128,10 @@ class FederatedMethod(NamedTuple):
     """A federated method. `hyper` is a NamedTuple of scalar arrays: the traced settings' defaults.
 
     `check(specs)` raises `FederationError` for federations that the method cannot serve.
+
+    `shared` names the fields of the server's state (a NamedTuple) that a round moves, entry by entry,
+    to a mean of what clients trained: what a server optimiser may take over. Empty where clients share
+    something that has no such entries, None where they share nothing.
     """
 
     name: str
@@ -132,3 +144,4 @@ class FederatedMethod(NamedTuple):
     server_aggregate: ServerAggregate
     adapters: BuildAdapters
     check: Callable[[Specs], None]
+    shared: tuple[str, ...] | None = None

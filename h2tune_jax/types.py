@@ -67,15 +67,21 @@ class ModelSpec:
       num_layers: Li, the number of blocks.
       sites: for each kind the (D, F) of its frozen weight; any mapping or pairs, kept as pairs.
       layer_outputs_fn: (base, probe) -> [Li, n, d], one row a probe text; only the `cka` relation
-        asks for it.
+        asks for it, and `ce_lora`, which gives it a client's examples.
       site_activations_fn: (base, probe) -> {kind: (inputs [Li, n, D], outputs [Li, n, F])}, one row
-        a probe text; only the `anchored` basis asks for it.
+        a probe text; only the `anchored` basis and `co_lora` ask for it.
+      name: which frozen base this is. Cohorts whose models have one name and equal shapes are one
+        architecture, whose clients some methods average; give different bases different names.
+      width: d of what enters and leaves a block, where the loss function adds `sites["block"]` beside
+        each block (`beside_block`); None says that it does not. Only `heterotune` and `ce_lora` ask.
     """
 
     num_layers: int
     sites: Any  # given as Mapping[str, tuple[int, int]]; kept as tuple[tuple[str, int, int], ...]
     layer_outputs_fn: Callable[[PyTree, PyTree], Array] | None = None
     site_activations_fn: Callable[[PyTree, PyTree], dict[str, tuple[Array, Array]]] | None = None
+    width: int | None = None
+    name: str = ""
 
     def __post_init__(self):
         sites = self.sites

@@ -1,7 +1,15 @@
 """The documented examples run and do what they say."""
 
 import importlib.util
+import re
 from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import toy
+
+import h2tune_jax as h2
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,3 +28,36 @@ def test_a_strangers_model_federates(capsys):
     assert accuracy["h2tune"]["narrow"] > 0.5
     assert accuracy["h2tune"]["wide"] > 0.4
     assert "numbers sent up a client {'narrow': 96, 'wide': 640}" in capsys.readouterr().out
+
+
+def test_the_methods_page_shows_a_method_that_runs():
+    page = (ROOT / "docs/methods.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(code.splitlines()) < 65
+    names = {}
+    exec(compile(code, "docs/methods.md", "exec"), names)
+    plain = names["shared_head"](learning_rate=0.02)
+    wrapped = h2.server_optimizer(h2.proximal(plain, 0.1), optax.sgd(1.0))
+    specs, bases, data = toy.make_specs()[1:], toy.make_bases()[1:], toy.make_data(toy.make_specs())
+    for method in (plain, wrapped):
+        state = h2.init_round(method, specs, bases, None, jax.random.key(0))
+        round_fn, losses = h2.make_round(method, specs), []
+        for _ in range(6):
+            state, metrics = round_fn(state, bases, data[1:], None, None, method.hyper, toy.SEED)
+            losses.append(metrics.clients["wide"]["loss"].mean())
+        assert losses[-1] < 0.9 * losses[0]
+        assert metrics.rejected == {"wide": 0}
+        np.testing.assert_array_equal(metrics.clients["wide"]["numbers_up"], 12 * 2)
+        server = state.server if method is plain else state.server.inner
+        heads = state.clients[0].params["head"]
+        # All three clients count alike, and a rate of 1 is the mean itself.
+        np.testing.assert_allclose(server.heads["wide"], heads.mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_the_methods_page_lists_every_method():
+    page = (ROOT / "docs/methods.md").read_text()
+    files = {path.stem for path in (ROOT / "h2tune_jax/methods").iterdir()}
+    methods = files & set(h2.__all__)
+    assert len(methods) >= 12
+    for name in methods:
+        assert f"| `{name}` |" in page or f"`{name}`," in page or f"h2.{name}(" in page, name

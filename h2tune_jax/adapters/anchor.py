@@ -36,7 +36,9 @@ def fit_inputs(
     x, target = centre(x), centre(reference) @ a_ref.astype(jnp.float32)
     gram = x.T @ x
     weight = ridge * jnp.trace(gram) / gram.shape[0] + 1e-12
-    fitted = jnp.linalg.solve(gram + weight * jnp.eye(gram.shape[0]), x.T @ target)
+    fitted = jnp.linalg.solve(
+        gram + weight * jnp.eye(gram.shape[0], dtype=gram.dtype), x.T @ target
+    )
     left, _, right = jnp.linalg.svd(fitted, full_matrices=False)
     a = left @ right
     return a, explained(x @ a, target)
@@ -60,7 +62,9 @@ def fit_outputs(
     def roots(z: Array) -> tuple[Array, Array]:
         gram = z.T @ z / z.shape[0]
         mean = jnp.trace(gram) / gram.shape[0]
-        values, vectors = jnp.linalg.eigh(gram + (ridge * mean + 1e-12) * jnp.eye(gram.shape[0]))
+        values, vectors = jnp.linalg.eigh(
+            gram + (ridge * mean + 1e-12) * jnp.eye(gram.shape[0], dtype=gram.dtype)
+        )
         root = jnp.sqrt(jnp.maximum(values, 1e-12))
         return (vectors * root[None, :]) @ vectors.T, (vectors / root[None, :]) @ vectors.T
 

@@ -14,8 +14,15 @@ import optax
 from h2tune_jax import aggregate
 from h2tune_jax.check import check_positive
 from h2tune_jax.method import FederatedMethod
+from h2tune_jax.methods.lora import traffic
 from h2tune_jax.training import descend, run_steps, scalar_metrics
 from h2tune_jax.types import Adapters, Array, Download, FederationError, PyTree, Specs, fold_name
+
+
+class FedAvgServer(NamedTuple):
+    """The server's models."""
+
+    models: dict[str, PyTree]  # by cohort
 
 
 class FedAvgHyper(NamedTuple):
@@ -45,44 +52,50 @@ def fedavg(
                     f"cohort {spec.name!r}: fedavg trains whole models and no adapters; set targets=()"
                 )
 
-    def init_server(specs, key, bases, probe) -> dict[str, PyTree]:
+    def init_server(specs, key, bases, probe) -> FedAvgServer:
         del bases, probe
-        return {spec.name: spec.init_head_fn(fold_name(key, spec.name)) for spec in specs}
+        start = lambda spec: spec.init_head_fn(fold_name(key, spec.name))
+        return FedAvgServer({spec.name: start(spec) for spec in specs})
 
     def broadcast(specs, key, server, client_ids, round_index) -> tuple[Download, ...]:
         del key, client_ids, round_index
-        return tuple(Download(server[spec.name], ()) for spec in specs)
+        return tuple(Download(server.models[spec.name], ()) for spec in specs)
 
-    def client_update(spec, key, base, client, download, data, hyper, round_index):
+    def client_update(
+        spec, key, base, client, download, data, hyper, round_index, *, drift_fn=None
+    ):
         del round_index
         start = download.common
+        drift = (lambda params: 0.0) if drift_fn is None else lambda params: drift_fn(params, start)
 
         def step_fn(carry, batch, key, step, num_steps):
             del step, num_steps
             params, opt = carry
-            objective = lambda params: spec.loss_fn(Adapters({}, params), base, batch, key)
-            (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
+
+            def objective(params):
+                loss, metrics = spec.loss_fn(Adapters({}, params), base, batch, key)
+                return loss + jnp.asarray(drift(params), loss.dtype), (loss, metrics)
+
+            grads, (loss, metrics) = jax.grad(objective, has_aux=True)(params)
             params, opt = descend(optimizer, grads, opt, params, hyper.learning_rate)
             where = f"cohort {spec.name!r}"
             return (params, opt), {**scalar_metrics(where, metrics), "loss": loss}
 
         carry = start, optimizer.init(start)
         (params, _), metrics = run_steps(spec.budget, key, data, carry, step_fn)
-        size = jnp.asarray(sum(leaf.size for leaf in jax.tree.leaves(start)), jnp.int32)
-        traffic = {"numbers_up": size, "numbers_down": size}
-        return client, params, {**metrics, **traffic}
+        return client, params, {**metrics, **traffic(up=params, down=start)}
 
     def server_aggregate(
         specs, key, server, bases, probe, uploads, weights, client_ids, round_index
     ):
         del key, bases, probe, weights, client_ids, round_index
 
-        means = dict(server)
+        means = dict(server.models)
         for spec, part in zip(specs, uploads):
             if part is not None:
                 total, share = part
-                means[spec.name] = aggregate.mean_or_keep(total, share, server[spec.name])
-        return means, {}
+                means[spec.name] = aggregate.mean_or_keep(total, share, means[spec.name])
+        return FedAvgServer(means), {}
 
     return FederatedMethod(
         name="fedavg",
@@ -93,6 +106,7 @@ def fedavg(
         client_update=client_update,
         reduce=lambda spec, upload, weight: aggregate.weighted_part(upload, weight),
         server_aggregate=server_aggregate,
-        adapters=lambda spec, server, client, download: Adapters({}, server[spec.name]),
+        adapters=lambda spec, server, client, download: Adapters({}, server.models[spec.name]),
         check=check,
+        shared=("models",),
     )

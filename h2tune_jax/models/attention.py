@@ -69,9 +69,12 @@ def attend(
     mask: Array,  # bool[B, 1, T, S]
     config: ModelConfig,
 ) -> Array:  # [B, T, N, H]
-    """Compute attention; through JAX's own function unless logits are soft-capped."""
-    if config.attention_cap is None:
-        # That function promotes a dtype within; strict promotion would refuse it for bfloat16.
+    """Compute attention; through JAX's own function where it can be."""
+    # For bfloat16 that function's products carry a preset whose derivative strict promotion refuses to
+    # lower; the products below accumulate in float32 as they do. An implementation asked for by name
+    # is used all the same.
+    is_plain = q.dtype == jnp.float32 or config.attention is not None
+    if config.attention_cap is None and is_plain:
         with jax.numpy_dtype_promotion("standard"):
             return jax.nn.dot_product_attention(
                 q, k, v, mask=mask, scale=config.attention_scale, implementation=config.attention
@@ -80,8 +83,9 @@ def attend(
     groups = k.shape[2]
     grouped = q.reshape(batch, steps, groups, heads // groups, dim)
     logits = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    cap = config.attention_cap
-    logits = cap * jnp.tanh(logits * config.attention_scale / cap)
+    logits, cap = logits * config.attention_scale, config.attention_cap
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
     logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min / 2)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, steps, heads, dim)

@@ -14,6 +14,7 @@ from h2tune_jax.models.layers import (
     LayerInputs,
     LayerNorm,
     Linear,
+    add_block_adapter,
     record,
     scan_layers,
 )
@@ -28,11 +29,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, layer: LayerInputs, context: Context):
-        c = self.config
+        c, entered = self.config, x
         y, cache = SelfAttention(c, name="attention")(x, layer, context)
         x = LayerNorm(c.norm_eps, name="attention_norm")(x + y)
         y = FeedForward(c, name="mlp")(x, layer, context)
         x = LayerNorm(c.norm_eps, name="mlp_norm")(x + y)
+        x = add_block_adapter(entered, x, layer)
         record(self, "out", x, context)
         return x, cache
 

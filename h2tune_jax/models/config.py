@@ -59,7 +59,7 @@ class ModelConfig:
         results of products, "dots_no_batch" those of products with weights.
       pooling: "native" is what the family's Hugging Face classifier does; "mean" averages the tokens.
       attention: implementation given to `jax.nn.dot_product_attention`; None leaves it to JAX.
-      pruned: whether layers of the imported model were taken out.
+      kept: which layers of the imported model these are; empty means all of them.
       source: the Hugging Face config as JSON; kept for export, no part of equality.
     """
 
@@ -99,7 +99,7 @@ class ModelConfig:
     remat: str | None = None
     pooling: str = "native"
     attention: Literal["xla", "cudnn"] | None = None
-    pruned: bool = False
+    kept: tuple[int, ...] = ()
     source: str = dataclasses.field(default="{}", compare=False, repr=False)
 
     def __post_init__(self):

@@ -12,6 +12,7 @@ from h2tune_jax.models.layers import (
     FeedForward,
     LayerInputs,
     Linear,
+    add_block_adapter,
     make_norm,
     record,
     scan_layers,
@@ -27,13 +28,14 @@ class PreNormBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, layer: LayerInputs, context: Context):
-        c = self.config
+        c, entered = self.config, x
         y = make_norm(c, "attention_norm")(x)
         y, cache = SelfAttention(c, name="attention")(y, layer, context)
         x = x + (make_norm(c, "attention_post_norm")(y) if c.post_norms else y)
         y = make_norm(c, "mlp_norm")(x)
         y = FeedForward(c, name="mlp")(y, layer, context)
         x = x + (make_norm(c, "mlp_post_norm")(y) if c.post_norms else y)
+        x = add_block_adapter(entered, x, layer)
         record(self, "out", x, context)
         return x, cache
 

@@ -230,7 +230,7 @@ def _check_head(model: Model, head: PyTree) -> None:
 
 def _check_pruned(model: Model, base_model: str) -> None:
     """On the whole model, a pruned one's adapter would load without a word, in the wrong layers."""
-    if not model.config.pruned:
+    if not model.config.kept:
         return
     file = Path(base_model or ".") / "config.json"
     fields = json.loads(file.read_text()) if base_model and file.is_file() else {}

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from h2tune_jax.adapters.block import BLOCK, beside_block
 from h2tune_jax.adapters.site import adapted
 from h2tune_jax.models.config import ModelConfig
 from h2tune_jax.types import KINDS, Array
@@ -76,6 +77,12 @@ class Site(nn.Module):
         )
         record(self, "out", y, context)
         return y
+
+
+def add_block_adapter(x: Array, y: Array, layer: LayerInputs) -> Array:
+    """Add to a block's output y what the layer's block adapter, if any, makes of its input x."""
+    key = None if layer.key is None else jax.random.fold_in(layer.key, len(KINDS))
+    return beside_block(x, y, layer.sites.get(BLOCK), key=key)
 
 
 class Linear(nn.Module):

@@ -12,12 +12,14 @@ Other entries are not looked at, so a batch may carry its labels along.
 """
 
 import functools
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from h2tune_jax.adapters.block import BLOCK
 from h2tune_jax.models.attention import causal_masks, rope_angles
 from h2tune_jax.models.config import ModelConfig
 from h2tune_jax.models.families import family_of
@@ -100,7 +102,7 @@ def build(config: ModelConfig) -> Model:
 
 @functools.lru_cache(maxsize=256)
 def _build(config: ModelConfig, source: str) -> Model:
-    del source  # no part of a config's equality, but a model must keep its own
+    # The source is no part of a config's equality, but a model must keep its own.
     family = family_of(config)
     network = family.network(config)
 
@@ -196,10 +198,12 @@ def _build(config: ModelConfig, source: str) -> Model:
     return Model(
         config=config,
         spec=ModelSpec(
+            name=f"{config.arch}-{zlib.crc32(f'{source}{config.kept}'.encode()):08x}",
             num_layers=config.num_layers,
             sites=site_shapes(config),
             layer_outputs_fn=layer_outputs_fn,
             site_activations_fn=site_activations_fn,
+            width=config.width,
         ),
         init_fn=init_fn,
         hidden_fn=hidden_fn,
@@ -290,7 +294,7 @@ def _layers(
     sites = dict(sites or {})
     known = site_shapes(config)
     for kind in sites:
-        if kind not in known:
+        if kind not in known and kind != BLOCK:
             raise FederationError(f"{config.arch} has no site {kind!r}; it has {', '.join(known)}")
     local = None
     # A choice between masks is needed only where layers differ.

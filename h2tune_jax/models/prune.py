@@ -57,7 +57,7 @@ def prune_config(config: ModelConfig, kept: Sequence[int]) -> ModelConfig:
         config,
         num_layers=len(kept),
         windows=windows,
-        pruned=True,
+        kept=tuple(config.kept[i] if config.kept else i for i in kept),
         source=json.dumps(source, sort_keys=True),
     )
 

@@ -308,6 +308,18 @@ def test_pruning_skips_layers():
     )
 
 
+def test_other_layers_are_another_architecture():
+    # Adapters of one architecture are averaged: equal shapes alone do not make one.
+    model, base = tiny_base("llama")
+    names = {
+        prune_depth(model, base, **option)[0].spec.name
+        for option in ({"every": 1}, {"first": 1}, {"layers": [0]}, {"layers": [1]})
+    }
+    assert len(names) == 3  # whole; the first layer, said twice; the second
+    twice = prune_depth(*prune_depth(model, base, layers=[1, 0]), first=1)[0]
+    assert twice.config.kept == (1,)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -27,10 +27,11 @@ def loss_fn(adapters, base, batch, key):
 
     def block(hidden, layer):
         weights, sites = layer
+        entered = hidden
         for kind in kinds:
             product = h2.adapted(hidden, weights[kind], sites.get(kind), key=key)
             hidden = hidden + jnp.tanh(product)
-        return hidden, None
+        return h2.beside_block(entered, hidden, sites.get("block"), key=key), None
 
     weights = {kind: base[kind] for kind in kinds}
     hidden, _ = jax.lax.scan(block, hidden, (weights, adapters.sites))
@@ -43,6 +44,7 @@ def loss_fn(adapters, base, batch, key):
 
 
 def layer_outputs(base, probe):
+    probe = probe["x"] if isinstance(probe, dict) else probe  # a client's examples will do
     hidden = jnp.tanh(probe @ base["embed"])
     outputs = []
     for layer in range(base["q"].shape[0]):
@@ -65,6 +67,7 @@ def cohort(name, *, width, depth, rank, kinds, classes, num_clients, **changes):
         sites=dict.fromkeys(kinds, (width, width)),
         layer_outputs_fn=layer_outputs,
         site_activations_fn=site_activations,
+        width=width,
     )
     spec = h2.CohortSpec(
         name=name,
@@ -102,6 +105,14 @@ def make_data(specs, size=10, seed=3):
             x[client, count:] = 1e3
         out.append(h2.ClientData({"x": jnp.asarray(x), "y": jnp.asarray(y)}, jnp.asarray(held)))
     return tuple(out)
+
+
+def server_set(count=6):
+    """A few labelled examples of each cohort's task, as a server may hold."""
+    return tuple(
+        jax.tree.map(lambda leaf: leaf[0, :count], data.examples)
+        for data in make_data(make_specs(), seed=21)
+    )
 
 
 def probe():

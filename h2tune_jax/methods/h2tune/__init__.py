@@ -52,4 +52,5 @@ def h2tune(preset: H2TuneOptions | None = None, /, **changes: Any) -> FederatedM
         server_aggregate=server.server_aggregate,
         adapters=partial(client.adapters, options),
         check=partial(server.check, options),
+        shared=("middle",),
     )

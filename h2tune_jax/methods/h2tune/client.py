@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from h2tune_jax.adapters import relation, triple
+from h2tune_jax.method import DriftFn
 from h2tune_jax.methods.h2tune.options import H2TuneHyper, H2TuneOptions
 from h2tune_jax.methods.h2tune.state import H2TuneClient, H2TuneDownload, H2TuneUpload
 from h2tune_jax.methods.h2tune.steps import (
@@ -126,13 +127,16 @@ def client_update(
     data: ClientData,
     hyper: H2TuneHyper,
     round_index: Array,
+    *,
+    drift_fn: DriftFn | None = None,
 ) -> tuple[H2TuneClient, H2TuneUpload, dict]:
     """Download and select, train in halves (or jointly, in a warm start), upload G_i."""
     common: H2TuneDownload = download.common
     client = at_download(options, spec, client, common)
     shared, own = shared_part(options, client, common.middle), own_part(options, client)
     kept = options.optimizer_state == "kept"
-    here = LocalRound(options, spec, base, client, hyper, common.middle.shape[-1])
+    size = common.middle.shape[-1]
+    here = LocalRound(options, spec, base, client, hyper, size, shared["middle"], drift_fn)
     state = LocalState(
         shared=shared,
         own=own,

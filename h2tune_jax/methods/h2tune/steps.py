@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from h2tune_jax.adapters import relation, triple
 from h2tune_jax.adapters.site import SiteAdapter
+from h2tune_jax.method import DriftFn
 from h2tune_jax.methods.h2tune import terms
 from h2tune_jax.methods.h2tune.options import H2TuneHyper, H2TuneOptions
 from h2tune_jax.methods.h2tune.state import H2TuneClient
@@ -89,6 +90,8 @@ class LocalRound(NamedTuple):
     client: H2TuneClient  # as it was after download
     hyper: H2TuneHyper
     size: int  # R
+    downloaded: Array  # T[L, Ki, R, R], the G (or T[Li, Ki, R, R], the M) that training starts from
+    drift_fn: DriftFn | None
 
     def entries(self, index: Array) -> Array:
         """Entries of G that a selection reaches through any layer, bool[L, Ki, R, R]."""
@@ -126,6 +129,12 @@ class LocalRound(NamedTuple):
             return jnp.zeros((), dtype)
         term = terms.keep_term(self.client.middle, core, index, self.client.trained)
         return self.hyper.lambda_keep.astype(dtype) * term.astype(dtype)
+
+    def drift(self, shared: Part, dtype) -> Array:
+        """What a wrapper asks for the distance of the shared matrices from where they started."""
+        if self.drift_fn is None:
+            return jnp.zeros((), dtype)
+        return self.drift_fn(shared["middle"], self.downloaded).astype(dtype)
 
     def distil(self, teacher: Array | None, metrics: Metrics, batch: Batch, dtype) -> Array:
         """lambda_distil times the distillation term."""
@@ -193,7 +202,7 @@ def joint_step(
     def objective(shared: Part, own: Part):
         loss, core, metrics = here.task(shared, own, index, batch, key)
         norm = here.norm(shared, core, loss.dtype)
-        return loss + norm, (loss, norm, metrics)
+        return loss + norm + here.drift(shared, loss.dtype), (loss, norm, metrics)
 
     gradient = jax.grad(objective, argnums=(0, 1), has_aux=True)
     (of_shared, of_own), (loss, norm, metrics) = gradient(state.shared, state.own)
@@ -215,7 +224,8 @@ def alternating_step(
         loss, core, metrics = here.task(shared, state.own, index, batch, shared_key)
         norm = here.norm(shared, core, loss.dtype)
         keep = here.keep(core, index, loss.dtype)
-        return loss + norm + keep, (loss, norm, keep, metrics)
+        total = loss + norm + keep + here.drift(shared, loss.dtype)
+        return total, (loss, norm, keep, metrics)
 
     grads, (loss, norm, keep, metrics) = jax.grad(shared_objective, has_aux=True)(state.shared)
     teacher = here.teacher(metrics)

@@ -1,0 +1,190 @@
+"""FedProx and server optimisers around other methods."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import server as bench
+import toy
+
+import h2tune_jax as h2
+from h2tune_jax import aggregate
+
+SGD = {"learning_rate": 0.05, "optimizer": optax.identity()}
+WEIGHTS = [1.0, 0.0, 2.0], [3.0, 1.0], [1.0, 1.0]
+
+
+def pull_to_four(adapters, base, batch, key):
+    del base, batch, key
+    return 0.5 * jnp.square(adapters.head - 4.0), {}
+
+
+def test_the_proximal_term_by_hand():
+    spec = toy.cohort("only", width=4, depth=1, rank=1, kinds=(), classes=2, num_clients=1)
+    spec = dataclasses.replace(
+        spec,
+        loss_fn=pull_to_four,
+        init_head_fn=lambda key: jnp.asarray(1.0),
+        budget=h2.Budget(batch_size=1, steps=2),
+    )
+    data = (h2.ClientData({"x": jnp.zeros((1, 1, 1))}, jnp.asarray([1])),)
+    method = h2.proximal(h2.fedavg(learning_rate=0.5), mu=2.0)
+    state = h2.init_round(method, (spec,), (None,), None, jax.random.key(0))
+    round_fn = h2.make_round(method, (spec,), donate=False)
+    for mu, expected in ((2.0, 1.75), (0.0, 3.25)):
+        # 1 -> 1 - 0.5 (1 - 4) = 2.5; then 2.5 - 0.5 ((2.5 - 4) + mu (2.5 - 1)).
+        hyper = method.hyper._replace(proximal_mu=jnp.asarray(mu))
+        after, metrics = round_fn(state, (None,), data, None, None, hyper, toy.SEED)
+        np.testing.assert_allclose(after.server.models["only"], expected)
+        # The loss that is reported is the task's.
+        np.testing.assert_allclose(metrics.clients["only"]["loss"], [(4.5 + 1.125) / 2])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: h2.h2tune(**SGD),
+        lambda: h2.h2tune(**SGD, upload="transpose", core="pure", alternation="joint"),
+        lambda: h2.fedsa_lora(**SGD),
+        lambda: h2.flora(**SGD),
+        lambda: h2.hetlora(**SGD),
+    ],
+    ids=["h2tune", "h2tune-transpose", "fedsa_lora", "flora", "hetlora"],
+)
+def test_a_large_pull_holds_what_is_shared_and_nothing_else(build):
+    plain = build()
+    method = h2.proximal(plain, mu=0.0)
+    specs = toy.make_specs(budget=h2.Budget(batch_size=4, steps=10))[1:]
+    bases, data = toy.make_bases()[1:], toy.make_data(toy.make_specs())
+    state = toy.stir(h2.init_round(method, specs, bases, None, jax.random.key(0)))
+    download = method.broadcast(
+        specs, jax.random.key(0), state.server, (jnp.arange(3),), state.round
+    )[0]
+    one = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
+    update = jax.jit(
+        lambda hyper: method.client_update(
+            specs[0], jax.random.key(5), bases[0], one(state.clients[0]), download,
+            h2.ClientData(*one(data[1])), hyper, state.round,
+        )
+    )  # fmt: skip
+    results = {mu: update(method.hyper._replace(proximal_mu=jnp.asarray(mu))) for mu in (0.0, 15.0)}
+    still = update(jax.tree.map(jnp.zeros_like, method.hyper))[1]
+    moved = {
+        mu: float(optax.tree.norm(jax.tree.map(jnp.subtract, floats(up), floats(still))))
+        for mu, (_, up, _) in results.items()
+    }
+    # Under a constant gradient g ten steps add up to 10 g, with the pull to g / (rate mu) = 1.33 g.
+    assert 0 < moved[15.0] < 0.6 * moved[0.0]
+    start = one(state.clients[0])
+    for client, _, _ in results.values():  # heads are free at either pull
+        old, new = head_of(start), head_of(client)
+        assert float(jnp.abs(new - old).max()) > 1e-3
+
+
+def floats(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def head_of(client):
+    return client.head if hasattr(client, "head") else client.params["head"]
+
+
+def test_nothing_to_hold_is_refused():
+    for method in (h2.local(), h2.centralised()):
+        with pytest.raises(h2.FederationError, match="share nothing"):
+            h2.proximal(method, mu=0.1)
+    with pytest.raises(h2.FederationError, match="already"):
+        h2.proximal(h2.proximal(h2.fedit(), mu=0.1), mu=0.1)
+    with pytest.raises(h2.FederationError, match="mu"):
+        h2.proximal(h2.fedit(), mu=-1.0)
+    one, other = (h2.proximal(h2.fedit(), mu=0.1).hyper for _ in range(2))
+    assert type(one) is type(other)
+
+
+def two_rounds(transformation):
+    method = h2.server_optimizer(h2.fedit(), transformation)
+    specs = bench.twins()
+    server = bench.start(method, specs)
+    path = [server.inner.factors]
+    for round_index in range(2):
+        uploads = bench.uploads_of(specs, seed=round_index)
+        server, _ = bench.aggregate(method, specs, server, uploads, WEIGHTS, round_index)
+        path.append(server.inner.factors)
+    plain = h2.fedit()
+    means = [
+        bench.aggregate(
+            plain, specs, bench.start(plain, specs), bench.uploads_of(specs, seed=i), WEIGHTS
+        )[0].factors
+        for i in range(2)
+    ]
+    exact = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+    return exact(path), exact(means)
+
+
+def test_a_rate_of_one_is_the_plain_mean():
+    path, means = two_rounds(optax.sgd(1.0))
+    toy.assert_trees_close(path[1:], means)
+
+
+def test_momentum_by_its_formula():
+    path, means = two_rounds(optax.sgd(0.5, momentum=0.9))
+    first = jax.tree.map(lambda w, m: w - 0.5 * (w - m), path[0], means[0])
+    toy.assert_trees_close(path[1], first)
+    velocity = jax.tree.map(
+        lambda w0, m0, w1, m1: 0.9 * (w0 - m0) + (w1 - m1), path[0], means[0], path[1], means[1]
+    )
+    second = jax.tree.map(lambda w, v: w - 0.5 * v, path[1], velocity)
+    toy.assert_trees_close(path[2], second)
+
+
+def test_adam_and_yogi_by_their_formulas():
+    # A first step from moments m = 0.1 g, v = 0.001 g^2, both corrected to g and g^2.
+    path, means = two_rounds(optax.adam(0.3, eps=1e-3))
+    step = lambda w, m: w - 0.3 * (w - m) / (np.abs(w - m) + 1e-3)
+    toy.assert_trees_close(path[1], jax.tree.map(step, path[0], means[0]), rtol=1e-4, atol=1e-5)
+    # Yogi starts at v = m = 1e-6 and corrects as Adam does.
+    path, means = two_rounds(optax.yogi(0.3, eps=1e-3))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(path))
+    moved = jax.tree.map(
+        lambda new, old, mean: (new - old) * (mean - old), path[1], path[0], means[0]
+    )
+    assert min(leaf.min() for leaf in jax.tree.leaves(moved)) >= 0
+
+
+def test_a_round_in_which_nobody_counts_moves_nothing():
+    method = h2.server_optimizer(h2.fedit(), optax.sgd(1.0, momentum=0.9))
+    specs = bench.twins()
+    uploads = bench.uploads_of(specs)
+    server, _ = bench.aggregate(method, specs, bench.start(method, specs), uploads, WEIGHTS)
+    nobody = [0.0] * 3, [0.0] * 2, [0.0] * 2
+    still, _ = bench.aggregate(method, specs, server, uploads, nobody)
+    toy.assert_trees_equal(still, server)
+
+
+def test_what_is_not_averaged_is_left_alone_or_refused():
+    method = h2.server_optimizer(h2.ffa_lora(), optax.adam(0.1))
+    specs = bench.twins()
+    before = bench.start(method, specs)
+    uploads = bench.uploads_of(specs, parts=("b",))
+    after, _ = bench.aggregate(method, specs, before, uploads, WEIGHTS)
+    toy.assert_trees_equal(after.inner.start, before.inner.start)
+    name = aggregate.architecture(specs[0])
+    assert (after.inner.factors[name]["b"]["q"] != before.inner.factors[name]["b"]["q"]).all()
+    for method in (h2.local(), h2.centralised(), h2.flexlora(), h2.flora()):
+        with pytest.raises(h2.FederationError, match=f"{method.name!r} averages nothing"):
+            h2.server_optimizer(method, optax.sgd(1.0))
+
+
+def test_h2tune_takes_a_server_optimiser():
+    plain = h2.h2tune(learning_rate=0.02, alternation="joint")
+    specs, bases, data = toy.make_specs()[1:], toy.make_bases()[1:], toy.make_data(toy.make_specs())
+    states = []
+    for method in (h2.server_optimizer(plain, optax.sgd(1.0)), plain):
+        state = h2.init_round(method, specs, bases, None, jax.random.key(0))
+        args = bases, data[1:], None, None, method.hyper
+        states.append(h2.make_round(method, specs)(state, *args, toy.SEED)[0])
+    toy.assert_trees_close(states[0].server.inner, states[1].server)
+    toy.assert_trees_equal(states[0].clients, states[1].clients)
