@@ -1,5 +1,5 @@
 # Everything a fresh machine needs: Python 3.11 or newer, pip and make.
-#   make demo        set up, then run the example federation
+#   make demo        set up, then run the demo: real models and data, H2Tune against local training
 #   make test        set up, then lint, types and the fast tests
 #   make test-slow   what is marked slow (crash tests, long parities)
 #   make assets      fetch and verify the real models and data sets of the examples
@@ -30,9 +30,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 demo: $(VENV)/.demo
-	$(BIN)/python experiments/bring_your_own_model/federate.py
-	$(MAKE) assets
-	$(BIN)/python experiments/three_models/federate.py
+	$(BIN)/h2tune demo --out runs/demo
 
 assets: $(VENV)/.base
 	$(BIN)/python -m h2tune_jax.tasks.assets minilm smollm2 trec sarcasm rotten_tomatoes

@@ -30,8 +30,10 @@ def make_evaluate(
     moment: str = "trained",
     client_axis: ClientAxis = "auto",
 ) -> Callable[..., dict[str, dict[str, Array]]]:
-    """Build the jitted `evaluate(state, bases, data) -> metrics by cohort`, each [C].
+    """Build the jitted `evaluate(state, bases, data, client_ids=None) -> metrics by cohort`, each [C].
 
+    With `client_ids`, i32[S] a cohort, `state.clients` and `data` hold those clients only, in that
+    order, and the metrics are [S]; a cohort with i32[0] is left out.
     Every client's loss and scalar metrics are averaged over its own examples (a batch weighs by its
     examples). Loss functions get `key=None`, which asks for no dropout.
 
@@ -47,16 +49,21 @@ def make_evaluate(
     axis = resolve_axis(client_axis)
     budget = Budget(batch_size=batch_size, epochs=1, shuffle=False)
 
-    def evaluate(state: RoundState, bases: tuple, data: tuple) -> dict[str, dict[str, Array]]:
+    def evaluate(
+        state: RoundState, bases: tuple, data: tuple, client_ids: tuple | None = None
+    ) -> dict[str, dict[str, Array]]:
         check_cohorts(specs, bases=bases, data=data, clients=state.clients)
-        for spec, rows, clients in zip(specs, data, state.clients):
-            check_clients(spec, spec.num_clients, rows, clients)
         ids = tuple(jnp.arange(spec.num_clients, dtype=jnp.int32) for spec in specs)
+        ids = ids if client_ids is None else client_ids
+        check_cohorts(specs, client_ids=ids)
         downloads = method.broadcast(specs, jax.random.key(0), state.server, ids, state.round)
         results = {}
-        for spec, base, clients, rows, download in zip(
-            specs, bases, state.clients, data, downloads
+        for spec, base, named, clients, rows, download in zip(
+            specs, bases, ids, state.clients, data, downloads
         ):
+            if named.shape[0] == 0:
+                continue
+            check_clients(spec, named.shape[0], rows, clients)
 
             def one(args, spec=spec, base=base, common=download.common):
                 client, own_data, personal = args
@@ -87,7 +94,9 @@ def _mean_metrics(
         batch = read(step)
         loss, metrics = spec.loss_fn(adapters, base, batch, None)
         seen = {**scalar_metrics(f"cohort {spec.name!r}", metrics), "loss": loss}
-        count = batch.mask.sum().astype(jnp.float32)
+        # The reader begins again after a client's last batch: what it reads then does not count.
+        own = step * budget.batch_size < data.num_examples
+        count = jnp.where(own, batch.mask.sum(), 0).astype(jnp.float32)
         weigh = lambda value: jnp.where(count > 0, value.astype(jnp.float32) * count, 0.0)
         return jax.tree.map(weigh, seen)
 

@@ -81,6 +81,63 @@ def _starter(init_server, broadcast, init_client, specs: Specs) -> Callable[...,
     return start
 
 
+def start_server(
+    method: FederatedMethod, specs: Specs, bases: tuple, probe: tuple | None, key: Array
+) -> PyTree:
+    """Start the server alone, as `init_round` does with the same key."""
+    check_federation(method, specs, bases)
+    return _server_starter(method.init_server, specs)(bases, probe, key)
+
+
+def start_clients(
+    method: FederatedMethod,
+    specs: Specs,
+    base: PyTree,
+    server: PyTree,
+    cohort: int,
+    ids: Array,
+    key: Array,
+) -> PyTree:  # leaves [len(ids), ...]
+    """Start the named clients of one cohort, as `init_round` does with the same key.
+
+    `server` may be that of any round: what a client starts from never changes. A client's start is the
+    same bit for bit whoever is named beside it, as long as equally many are named.
+    """
+    start = _client_starter(method.broadcast, method.init_client, specs, cohort)
+    return start(base, server, ids, key)
+
+
+@functools.lru_cache(maxsize=64)
+def _server_starter(init_server, specs: Specs) -> Callable:
+    @jax.jit
+    def start(bases: tuple, probe: PyTree, key: Array) -> PyTree:
+        return init_server(specs, jax.random.split(key)[0], bases, probe)
+
+    return start
+
+
+@functools.lru_cache(maxsize=64)
+def _client_starter(broadcast, init_client, specs: Specs, cohort: int) -> Callable:
+    spec = specs[cohort]
+
+    @jax.jit
+    def start(base: PyTree, server: PyTree, ids: Array, key: Array) -> PyTree:
+        server_key, client_key = jax.random.split(key)
+        named = tuple(ids if i == cohort else ids[:0] for i in range(len(specs)))
+        first = jnp.zeros((), jnp.int32)
+        common, personal = broadcast(specs, server_key, server, named, first)[cohort]
+
+        def begin(args):
+            key, personal = args
+            return init_client(spec, key, base, Download(common, personal))
+
+        # One after the other: a client's bits do not depend on its place among the others.
+        with named_errors(spec, "init_client"):
+            return jax.lax.map(begin, (client_keys(client_key, spec, ids), personal))
+
+    return start
+
+
 def make_round(
     method: FederatedMethod,
     specs: Specs,
@@ -162,7 +219,7 @@ def make_round(
                 )  # fmt: skip
             clients.append(after)
             uploads.append(upload)
-            counted.append(jnp.where(seen["finite"], weights[i], 0.0))
+            counted.append(jnp.where(seen.pop("counts"), weights[i], 0.0))
             metrics[spec.name] = seen
             rejected[spec.name] = (~seen["finite"]).sum(dtype=jnp.int32)
 
@@ -221,13 +278,19 @@ def _train_client(
         upload = method.reduce(spec, upload, weight)
     # A product with weight zero is not enough: 0 * nan is nan.
     upload = jax.tree.map(lambda leaf: jnp.where(counts, leaf, jnp.zeros_like(leaf)), upload)
-    return after, upload, {**metrics, "finite": finite}
+    return after, upload, {**metrics, "finite": finite, "counts": counts}
 
 
 def _all_finite(tree: PyTree) -> Array:
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]
-    # One reduction a leaf: the largest magnitude is inf or nan as soon as one entry is.
-    return jnp.stack([jnp.abs(leaf).max() < jnp.inf for leaf in leaves]).all()
+
+    def spread(leaf):  # 0 wherever all is finite, nan where 0 times an entry is not 0
+        rows = leaf.reshape(-1, leaf.shape[-1] if leaf.ndim else 1)
+        # A matrix-vector product runs at the speed of memory, which XLA's reductions on CPU do not;
+        # the barrier keeps it from being simplified away.
+        return (rows @ jax.lax.optimization_barrier(jnp.zeros(rows.shape[1], leaf.dtype))).sum()
+
+    return jnp.stack([spread(leaf) == 0 for leaf in leaves]).all()
 
 
 def _take(tree: PyTree, place: Array | None) -> PyTree:

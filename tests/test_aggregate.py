@@ -1,8 +1,11 @@
 """Server maths: linear, permutation-invariant, exact for equal clients, masked entry by entry."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import server as bench
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,3 +102,55 @@ def test_sums_of_16_bit_values_are_wider():
     mean = aggregate.mean_or_keep(total, share, value)
     assert mean.dtype == jnp.bfloat16
     assert mean == 1
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(1, 12), st.integers(0, 99)
+)
+def test_svd_of_a_stack_is_that_of_the_product(width, out, stack, rank, seed):
+    rng = np.random.default_rng(seed)
+    u, v = rng.normal(size=(width, stack)), rng.normal(size=(stack, out))
+    left, values, right = aggregate.low_rank_svd(
+        jnp.asarray(u, jnp.float32), jnp.asarray(v, jnp.float32), rank
+    )
+    assert (left.shape, values.shape, right.shape) == ((width, rank), (rank,), (rank, out))
+    exact = np.linalg.svd(u @ v, compute_uv=False)
+    there = min(len(exact), rank)
+    np.testing.assert_allclose(values[:there], exact[:there], rtol=1e-4, atol=1e-4 * exact[0])
+    assert (np.asarray(values[there:]) == 0).all()
+    best = np.linalg.svd(u @ v)
+    cut = (best[0][:, :there] * best[1][None, :there]) @ best[2][:there]
+    np.testing.assert_allclose((left * values[None, :]) @ right, cut, atol=2e-3 * exact[0])
+
+
+def test_norms_of_products_from_their_factors():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(3, 7, 2)), rng.normal(size=(3, 2, 5))
+    norms = aggregate.product_norm(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
+    np.testing.assert_allclose(norms, np.linalg.norm(a @ b, axis=(1, 2)), rtol=1e-5)
+    assert aggregate.product_norm(jnp.zeros((7, 2)), jnp.ones((2, 5))) == 0
+
+
+def test_cohorts_are_grouped_by_name_depth_and_shapes():
+    specs = bench.twins()
+    groups = aggregate.architectures(specs)
+    assert sorted(groups.values()) == [(0, 1), (2,)]
+    renamed = dataclasses.replace(specs[1], model=dataclasses.replace(specs[1].model, name="b"))
+    deeper = dataclasses.replace(specs[1], model=dataclasses.replace(specs[1].model, num_layers=3))
+    for other in (renamed, deeper):
+        assert len(aggregate.architectures((specs[0], other))) == 2
+
+
+def test_stacks_multiply_to_the_weighted_sum_of_products():
+    specs = bench.twins(ranks=(2, 3), alphas=(16.0, 4.0))
+    uploads, weights = bench.uploads_of(specs), (jnp.array([1.0, 0.0, 2.0]), jnp.array([3.0, 1.0]))
+    ids = jnp.arange(3, dtype=jnp.int32), jnp.arange(2, dtype=jnp.int32)
+    stacks, valid = aggregate.stack_products(specs, (0, 1), uploads, weights, ids)
+    # Who counts comes first in its cohort: two clients of three at rank 2, two of two at rank 3.
+    np.testing.assert_array_equal(valid, [True] * 4 + [False] * 2 + [True] * 6)
+    u, v = stacks["q"]
+    expected = bench.mean_delta(specs, (0, 1), uploads, weights, "q")
+    np.testing.assert_allclose(u @ v, expected, rtol=1e-4, atol=1e-5)
+    nobody = aggregate.stack_products(specs, (0, 1), (None, None), weights, ids)
+    assert nobody is None

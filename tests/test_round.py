@@ -371,7 +371,7 @@ def test_a_16_bit_mean_over_many_clients_is_a_mean(client_axis):
     state, _ = h2.make_round(method, (spec,), client_axis=client_axis)(
         state, ((),), (data,), None, None, method.hyper, toy.SEED
     )
-    assert state.server["many"] == 0.5
+    assert state.server.models["many"] == 0.5
 
 
 def test_16_bit_losses_are_averaged_in_float32():

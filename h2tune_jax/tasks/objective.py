@@ -72,6 +72,59 @@ def make_loss_fn(
     return loss_fn
 
 
+def accumulate(loss_fn: LossFn, microbatches: int) -> LossFn:
+    """Compute a loss function part by part, so that only one part's activations live at once.
+
+    The batch is cut into so many parts of equal room, one after the other; each is computed again in
+    the backward pass. Parts weigh by what their loss counts (`positions`, else the mask), so loss, metrics,
+    `logits`, `positions` and every gradient equal the whole batch's to rounding. Dropout keys differ
+    from part to part. A batch size that is no multiple of `microbatches` is an error.
+    """
+    if microbatches < 1:
+        raise FederationError(f"microbatches must be at least 1, got {microbatches}")
+
+    def accumulated(
+        adapters: Adapters, base: PyTree, batch: Batch, key: Array | None
+    ) -> tuple[Array, Metrics]:
+        size = batch.mask.shape[0]
+        if size % microbatches:
+            raise FederationError(
+                f"a batch of {size} cannot be cut into {microbatches} microbatches of equal size"
+            )
+        parts = jax.tree.map(
+            lambda leaf: leaf.reshape(microbatches, size // microbatches, *leaf.shape[1:]), batch
+        )
+
+        @jax.checkpoint
+        def one(part: Batch, place: Array) -> tuple[Array, Array, Metrics]:
+            own_key = None if key is None else jax.random.fold_in(key, place)
+            loss, seen = loss_fn(adapters, base, part, own_key)
+            counted = jnp.sum(seen.get("positions", part.mask)).astype(loss.dtype)
+            return loss, counted, seen
+
+        def visit(carry: None, x: tuple[Batch, Array]) -> tuple[None, tuple]:
+            return carry, one(*x)
+
+        places = jnp.arange(microbatches, dtype=jnp.int32)
+        _, (loss, counted, seen) = jax.lax.scan(visit, None, (parts, places))
+        share = counted / jnp.maximum(jnp.sum(counted), 1)
+
+        def mean(values: Array) -> Array:  # [M] -> []
+            if not jnp.issubdtype(values.dtype, jnp.floating):
+                values = values.astype(share.dtype)
+            # A part in which nothing counts may not be finite: 0 * nan is nan.
+            zero = jnp.zeros_like(values)
+            return jnp.sum(jnp.where(share > 0, values * share.astype(values.dtype), zero))
+
+        metrics = {}
+        for name, value in seen.items():
+            whole = name in ("logits", "positions")
+            metrics[name] = value.reshape(size, *value.shape[2:]) if whole else mean(value)
+        return mean(loss), metrics
+
+    return accumulated
+
+
 def make_evaluate_fn(
     forward: Forward,
     task: str,

@@ -1,0 +1,433 @@
+"""What a config builds: specifications, bases, and who gets which rows."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+
+import h2tune_jax as h2
+from h2tune_jax.models.model import base_shapes
+from h2tune_jax.run.byte_tokenizer import ByteTokenizer
+from h2tune_jax.run.catalog import build_method
+from h2tune_jax.run.config import PruneConfig, make_config, parse_config
+from h2tune_jax.run.federation import build_federation, client_weights, find_client
+from h2tune_jax.tasks import corpora
+from h2tune_jax.types import Batch, FederationError
+
+SHAPES = {
+    "bert": {"family": "bert", "width": 8, "layers": 2, "heads": 2, "mlp_width": 12},
+    "llama": {
+        "family": "llama", "width": 8, "layers": 2, "heads": 2, "kv_heads": 1, "mlp_width": 12,
+    },
+    "gpt2": {"family": "gpt2", "width": 8, "layers": 2, "heads": 2, "mlp_width": 12},
+    "gemma2": {"family": "gemma2", "width": 8, "layers": 2, "heads": 2, "mlp_width": 12},
+    "qwen3": {"family": "qwen3", "width": 8, "layers": 2, "heads": 2, "mlp_width": 12},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("federation")
+    tiny_run.write_data(path)
+    return path
+
+
+def build(folder, *overrides):
+    return build_federation(tiny_run.tiny_config(folder, *overrides))
+
+
+def texts_of(data, client):
+    """The texts of a client's rows, read back from their bytes."""
+    ids = data.examples["input_ids"][client, : data.num_examples[client]]
+    return [ByteTokenizer().decode(row) for row in ids]
+
+
+def one_group(folder, task, *, shape="bert", count=2, probe=None, **model):
+    """A config of one group with a random model."""
+    model = {"source": "random", "tokenizer": "bytes", "shape": SHAPES[shape], **model}
+    if shape == "bert":
+        model["pooling"] = "mean"
+    data = {
+        "rounds": 1,
+        "method": {"name": "local"},
+        "groups": [{"name": "one", "count": count, "rank": 2, "model": model, "task": task}],
+    }
+    return make_config(data | ({"probe": probe} if probe else {}))
+
+
+# Specifications and bases
+
+
+def test_specifications_say_what_the_config_says(folder):
+    federation = build(folder, "groups.wide.alpha=4", "groups.wide.budget.steps=5",
+                       "groups.wide.budget.epochs=none")  # fmt: skip
+    narrow, wide = federation.specs
+    assert (narrow.name, narrow.num_clients, narrow.rank, narrow.kinds) == (
+        "narrow",
+        2,
+        2,
+        ("q", "up"),
+    )
+    assert (wide.model.num_layers, wide.model.shapes["q"], wide.alpha) == (3, (12, 12), 4.0)
+    assert wide.budget == h2.Budget(batch_size=4, steps=5)
+    assert narrow.budget == h2.Budget(batch_size=4, epochs=1)
+    facts = federation.groups[0]
+    assert facts.labels == ("beast", "fruit", "tool")
+    assert facts.client_names == ("narrow/0", "narrow/1")
+    head = jax.eval_shape(narrow.init_head_fn, jax.eval_shape(jax.random.key, 0))
+    assert head["out"]["w"].shape == (8, 3)
+
+
+def test_equal_configs_give_equal_specifications(folder):
+    one, other = build(folder), build(folder)
+    assert one.specs == other.specs  # so that programs are compiled once
+    assert hash(one.specs) == hash(other.specs)
+    jax.tree.map(np.testing.assert_array_equal, one.bases, other.bases)
+    jax.tree.map(np.testing.assert_array_equal, (one.train, one.test), (other.train, other.test))
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_random_models_of_every_text_family(folder, family):
+    task = {"data": str(folder / "words.jsonl"), "train": 4, "test": 4, "max_length": 8}
+    config = one_group(folder, task, shape=family)
+    federation = build_federation(config)
+    shapes = build_federation(config, weights=False)
+    facts = federation.groups[0]
+    assert facts.model is not None
+    assert (facts.model.config.arch, facts.model.config.mlp_width) == (family, 12)
+    same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert all(jax.tree.leaves(jax.tree.map(same, federation.bases, shapes.bases)))
+    assert federation.specs == shapes.specs
+    assert jax.tree.structure(federation.bases[0]) == jax.tree.structure(
+        base_shapes(facts.model.config)
+    )
+
+
+def test_pruned_groups_share_the_whole_model(folder):
+    task = {"data": str(folder / "words.jsonl"), "train": 4, "test": 4, "max_length": 8}
+    config = one_group(folder, task)
+    (group,) = config.groups
+    pruned = group.model.model_copy(update={"prune": PruneConfig(first=1)})
+    small = group.model_copy(update={"name": "small", "model": pruned})
+    config = config.model_copy(update={"groups": (group, small)})
+    federation = build_federation(config)
+    whole, part = federation.bases
+    assert part["tokens"]["w"] is whole["tokens"]["w"]
+    first = lambda leaf, full: np.testing.assert_array_equal(leaf, full[:1])
+    jax.tree.map(first, part["layers"], whole["layers"])
+    assert [spec.model.num_layers for spec in federation.specs] == [2, 1]
+    shapes = build_federation(config, weights=False)
+    assert shapes.bases[1]["layers"]["mlp"]["up"]["w"].shape == (1, 8, 12)
+
+
+def test_images(folder, monkeypatch):
+    rng = np.random.default_rng(0)
+    digits = corpora.Digits(
+        rng.integers(0, 256, (40, 28, 28), np.uint8), rng.integers(0, 10, 40).astype(np.int32)
+    )
+    monkeypatch.setattr(corpora, "load_mnist", lambda: {"train": digits})
+    shape = {
+        "family": "vit", "width": 8, "layers": 1, "heads": 2, "mlp_width": 8,
+        "image_size": 28, "patch_size": 14, "channels": 1,
+    }  # fmt: skip
+    task = {"data": "mnist", "train": 6, "test": 10}
+    config = make_config(
+        {
+            "rounds": 1,
+            "method": {"name": "local"},
+            "groups": [
+                {"name": "one", "count": 2, "rank": 2, "task": task,
+                 "model": {"source": "random", "shape": shape}},
+            ],
+        }
+    )  # fmt: skip
+    federation = build_federation(config)
+    pixels = federation.train[0].examples["pixel_values"]
+    assert pixels.shape == (2, 6, 1, 28, 28)
+    assert pixels.dtype == np.float32
+    assert (pixels.min(), pixels.max()) == (-1.0, 1.0)
+    # Each picture stands by its own label.
+    flat = {image.tobytes(): label for image, label in zip(digits.images, digits.labels)}
+    seen = np.round((pixels[1, :, 0] * 0.5 + 0.5) * 255).astype(np.uint8)
+    labels = federation.train[0].examples["labels"][1]
+    assert [flat[image.tobytes()] for image in seen] == labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "task"),
+    [
+        ("classification", "llama", {"pair": "{other}"}),
+        ("regression", "bert", {"target": "size"}),
+        ("causal_lm", "llama", {"prompt": "{text} is", "answer": " {label}"}),
+        ("multiple_choice", "gpt2", {"prompt": "{text}", "choices": "options", "label": "right"}),
+    ],
+)
+def test_every_kind_of_task_has_a_loss(tmp_path, kind, shape, task):
+    rows = [
+        {"text": f"thing {i}", "other": "x", "label": "ab"[i % 2], "size": i / 9, "right": i % 2,
+         "options": ["one", "two"]}
+        for i in range(30)
+    ]  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = {"data": str(path), "kind": kind, "train": 4, "test": 6, "max_length": 16, **task}
+    federation = build_federation(one_group(tmp_path, task, shape=shape))
+    (spec,), (base,), (data,) = federation.specs, federation.bases, federation.train
+    head = None if spec.init_head_fn is None else spec.init_head_fn(jax.random.key(0))
+    batch = Batch(jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), data.examples), jnp.ones(4, bool))
+    run = jax.jit(lambda batch: spec.loss_fn(h2.Adapters({}, head), base, batch, None)[0])
+    loss = float(run(batch))
+    assert np.isfinite(loss)
+    assert loss > 0
+    labels = {"classification": ("a", "b"), "multiple_choice": ("0", "1")}.get(kind, ())
+    assert federation.groups[0].labels == labels
+    assert np.isnan(federation.groups[0].majority) == (not labels)
+
+
+def test_bfloat16_base_with_float32_adapters_trains(folder):
+    """Under strict promotion, close to float32, and the adapters stay float32."""
+    ends = {}
+    text = tiny_run.TOML.replace('name = "h2tune"', 'name = "local"')
+    text = text.replace("lambda_norm = 1e-3", "")
+    for dtype in ("float32", "bfloat16"):
+        config = parse_config(text, [f"groups.*.model.dtype={dtype}"], folder=folder)
+        federation, method = build_federation(config), build_method(config)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(federation.bases)} == {dtype}
+        specs, bases, train = (part[:1] for part in federation[:3])
+        state = h2.init_round(method, specs, bases, None, jax.random.key(0))
+        start = jax.tree.map(np.asarray, state.clients[0].params)
+        round_fn = h2.make_round(method, specs)
+        state, metrics = round_fn(state, bases, train, None, None, method.hyper, np.uint32(0))
+        after = state.clients[0].params
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(after)} == {"float32"}
+        assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (start, after))))
+        ends[dtype] = np.asarray(metrics.clients["narrow"]["loss"])
+    assert np.all(ends["float32"] != ends["bfloat16"])
+    np.testing.assert_allclose(ends["bfloat16"], ends["float32"], rtol=5e-3)
+
+
+def test_microbatches_split_the_loss(folder):
+    whole = build(folder)
+    parts = build(folder, "groups.narrow.budget.microbatches=2")
+    assert parts.specs[0].loss_fn is not whole.specs[0].loss_fn
+    assert parts.specs[1] == whole.specs[1]
+    spec, base, data = parts.specs[0], parts.bases[0], parts.train[0]
+    batch = Batch(jax.tree.map(lambda x: jnp.asarray(x[0, :4]), data.examples), jnp.ones(4, bool))
+    adapters = h2.Adapters({}, spec.init_head_fn(jax.random.key(0)))
+    losses = [jax.jit(s.loss_fn)(adapters, base, batch, None) for s in (spec, whole.specs[0])]
+    np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-6)
+
+
+# Rows
+
+
+def test_rows_are_dealt_out_once(folder):
+    federation = build(folder)
+    for group, train, test, validation in zip(
+        federation.groups, federation.train, federation.test, federation.validation
+    ):
+        assert validation is not None
+        clients = [set(texts_of(train, i)) for i in range(len(group.client_names))]
+        held = set(texts_of(test, 0)), set(texts_of(validation, 0))
+        assert [len(rows) for rows in (*clients, *held)] == [*train.num_examples, 8, 6]
+        union = set.union(*clients, *held)
+        assert len(union) == sum(map(len, (*clients, *held)))  # nobody shares a row
+
+
+def test_labels_stand_by_their_texts(folder):
+    rows = [json.loads(line) for line in (folder / "words.jsonl").read_text().splitlines()]
+    known = {row["text"]: row["label"] for row in rows}
+    federation = build(
+        folder, "groups.narrow.task.max_length=32", "groups.narrow.model.shape.max_positions=32"
+    )
+    for data in (federation.train[0], federation.test[0]):
+        labels = [federation.groups[0].labels[i] for i in data.examples["labels"][1]]
+        assert labels == [known[text] for text in texts_of(data, 1)]
+
+
+def test_majority_is_that_of_the_test_rows(folder):
+    federation = build(folder)
+    labels = federation.test[0].examples["labels"][0]
+    assert federation.groups[0].majority == max(np.bincount(labels)) / 8
+
+
+def test_shared_test_rows_are_one_copy(folder):
+    data = build(folder, "groups.wide.count=50", "groups.wide.task.train=1").test[1]
+    ids = data.examples["input_ids"]
+    assert ids.shape[0] == 50
+    assert ids.strides[0] == 0
+    assert all(texts_of(data, i) == texts_of(data, 0) for i in (1, 49))
+
+
+def test_data_is_a_function_of_config_and_seed(folder, tmp_path):
+    # The file's order does not matter.
+    for name in ("words.jsonl", "parity.jsonl"):
+        lines = (folder / name).read_text().splitlines()
+        (tmp_path / name).write_text("\n".join(reversed(lines)) + "\n")
+    one, shuffled, other = build(folder), build(tmp_path), build(folder, "seed=4")
+    assert texts_of(one.train[0], 1) == texts_of(shuffled.train[0], 1)
+    assert set(texts_of(one.train[0], 1)) != set(texts_of(other.train[0], 1))
+
+
+def test_groups_on_the_same_data(folder):
+    override = f"groups.wide.task.data={folder / 'words.jsonl'}"
+    federation = build(folder, override, "groups.wide.task.test=5")
+    narrow, wide = federation.train
+    ours = {text for i in range(2) for text in texts_of(narrow, i)}
+    theirs = {text for i in range(3) for text in texts_of(wide, i)}
+    assert not ours & theirs
+    tests = [set(texts_of(data, 0)) for data in federation.test]
+    assert tests[1] < tests[0]  # the same rows are held out from all
+    assert not (ours | theirs) & tests[0]
+
+
+def test_draw_lets_clients_share_rows(folder):
+    federation = build(
+        folder, "groups.narrow.count=20", "groups.narrow.task.train=30",
+        "groups.narrow.task.partition.kind=draw",
+    )  # fmt: skip
+    rows = [set(texts_of(federation.train[0], i)) for i in range(20)]
+    assert {len(own) for own in rows} == {30}
+    assert len(set.union(*rows)) <= 120 - 8 - 6
+    assert len({frozenset(own) for own in rows}) == 20
+    assert not set.union(*rows) & set(texts_of(federation.test[0], 0))
+    # Who else there is does not matter.
+    fewer = build(
+        folder, "groups.narrow.count=3", "groups.narrow.task.train=30",
+        "groups.narrow.task.partition.kind=draw",
+    )  # fmt: skip
+    assert [set(texts_of(fewer.train[0], i)) for i in range(3)] == rows[:3]
+
+
+def test_dirichlet_and_pathological(folder):
+    skewed = build(folder, "groups.narrow.task.partition={kind='dirichlet', alpha=0.3}")
+    counts = skewed.train[0].num_examples
+    assert counts.sum() == 24
+    assert counts[0] != counts[1]
+    # Rows beyond a client's own repeat its first.
+    short = int(np.argmin(counts))
+    ids = skewed.train[0].examples["input_ids"][short]
+    assert np.all(ids[counts[short] :] == ids[0])
+    one_class = build(folder, "groups.wide.task.partition={kind='pathological', classes=1}")
+    labels = one_class.train[1].examples["labels"]
+    assert all(
+        len(set(labels[i, : one_class.train[1].num_examples[i]].tolist())) == 1 for i in range(3)
+    )
+
+
+def test_by_key_makes_a_client_of_each_writer(folder):
+    rows = [json.loads(line) for line in (folder / "words.jsonl").read_text().splitlines()]
+    writers = {row["text"]: row["writer"] for row in rows}
+    changes = (
+        "groups.narrow.task.partition={kind='by_key', key='writer'}", "groups.narrow.count=3",
+        "groups.narrow.task.train=10", "groups.narrow.task.max_length=32",
+        "groups.narrow.model.shape.max_positions=32",
+    )  # fmt: skip
+    train = build(folder, *changes).train[0]
+    for client in range(3):
+        assert {writers[text] for text in texts_of(train, client)} == {f"w{client}"}
+        assert train.num_examples[client] <= 10
+
+
+def test_own_test_rows(folder):
+    changes = ("groups.narrow.task.held_out=own", "groups.narrow.task.test=4")
+    federation = build(folder, *changes)
+    train, test, validation = federation.train[0], federation.test[0], federation.validation[0]
+    assert train.num_examples.tolist() == [12, 12]
+    assert test.num_examples.tolist() == [4, 4]
+    assert validation is not None
+    assert validation.num_examples.tolist() == [6, 6]
+    parts = [set(texts_of(data, i)) for data in (train, test, validation) for i in range(2)]
+    assert len(set.union(*parts)) == 2 * (12 + 4 + 6)
+
+
+def test_all_that_is_left(folder):
+    data = build(folder, "groups.narrow.task.train=none").train[0]
+    assert data.num_examples.tolist() == [53, 53]  # 120 less 8 and 6
+
+
+def test_weights_by_examples(folder):
+    config = tiny_run.tiny_config(folder, "groups.wide.weight=examples", "groups.narrow.weight=2")
+    narrow, wide = client_weights(config, build_federation(config))
+    assert narrow.tolist() == [2, 2]
+    assert wide.tolist() == [8, 8, 8]
+    assert wide.dtype == np.float32
+
+
+def test_clients_by_name(folder):
+    federation = build(folder)
+    assert find_client(federation, "wide/2") == (1, 2)
+    with pytest.raises(FederationError, match=r"no client is called 'wide/3'.*did you mean 'wide/"):
+        find_client(federation, "wide/3")
+
+
+def test_probe_is_the_same_texts_for_all(folder):
+    changes = [f"probe.data={folder / 'parity.jsonl'}", "probe.count=5", "probe.max_length=16"]
+    federation = build(folder, *changes, "method.relation=cka")
+    assert federation.probe is not None
+    one, other = federation.probe
+    assert one["input_ids"].shape == (5, 16)
+    np.testing.assert_array_equal(one["input_ids"], other["input_ids"])
+    assert build(folder).probe is None
+
+
+# What cannot be built
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("groups.wide.task.data=sarcsm", "no data set is called 'sarcsm'; .* did you mean 'sarcasm'"),
+        ("groups.wide.task.data=/nowhere/x.jsonl", "there is no file /nowhere/x.jsonl"),
+        ("groups.wide.task.suite=mth/choice", "'mth/choice' is unknown; .* did you mean 'math'"),
+        ("groups.wide.task.train=50", "parity.jsonl': split 'group wide': 150 rows are asked for"),
+        ("groups.wide.task.label=lable", "no field is called 'lable'"),
+        ("groups.wide.task.labels=['even', 'uneven']", "'odd', which is outside the label set"),
+        ("groups.wide.task.text={txt}", "asks for the field 'txt'.*did you mean 'text'"),
+        ("groups.wide.targets=['qq']", "cohort 'wide': targets names 'qq'"),
+        ("groups.wide.model.source=/nowhere/x.gguf", "group 'wide': /nowhere/x.gguf: no such file"),
+        ("groups.wide.model.prune.first=4", "group 'wide': prune_depth: first must lie in 1 ... 3"),
+        ("groups.wide.model.shape.family=brt", "group 'wide': architecture 'brt'.*'bert'"),
+        ("groups.wide.task.partition={kind='pathological', classes=3}", "group 'wide', task.partition: "),
+        ("groups.wide.task.partition={kind='by_key', key='text', min_examples=2}", "only 0 values"),
+    ],
+)  # fmt: skip
+def test_refused(folder, override, words):
+    drop = ["groups.wide.model.shape=none"] if "source" in override else []
+    if override.startswith("groups.wide.model.source"):
+        drop.append("groups.wide.model.tokenizer=none")
+    with pytest.raises(FederationError, match=words):
+        build(folder, override, *drop)
+
+
+def test_two_groups_cannot_both_take_the_rest(folder):
+    changes = [f"groups.wide.task.data={folder / 'words.jsonl'}", "groups.*.task.train=none"]
+    with pytest.raises(FederationError, match="'narrow', 'wide' each take all that is left"):
+        build(folder, *changes)
+
+
+def test_one_label_is_no_task(tmp_path):
+    (tmp_path / "same.jsonl").write_text(
+        '{"text": "a", "label": "x"}\n{"text": "b", "label": "x"}\n' * 3
+    )
+    task = {"data": str(tmp_path / "same.jsonl"), "train": 1, "test": 1, "max_length": 8}
+    with pytest.raises(FederationError, match=r"group 'one': .*all rows have the label 'x'"):
+        build_federation(one_group(tmp_path, task, count=1))
+
+
+# The tokenizer of bytes
+
+
+def test_bytes_round_trip():
+    tokenizer = ByteTokenizer()
+    encoded = tokenizer(["añ", ""], ["b", "c"])
+    assert encoded["input_ids"][0] == [1, 101, 199, 181, 3, 102]
+    assert encoded["token_type_ids"][0] == [0, 0, 0, 0, 1, 1]
+    assert tokenizer.decode(encoded["input_ids"][0]) == "añb"
+    assert tokenizer.decode([1, 101, 2], skip_special_tokens=False) == "<begin>a<end>"
+    assert tokenizer(["añ"], add_special_tokens=False)["input_ids"] == [[101, 199, 181]]
+    assert tokenizer(["añ"], truncation=True, max_length=2)["input_ids"] == [[1, 101]]
+    assert tokenizer.vocab_size == 260

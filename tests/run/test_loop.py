@@ -1,0 +1,443 @@
+"""The loop: what it records, when it tests and stops, and that it goes on as if nothing had been."""
+
+import contextlib
+import errno
+import math
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+import toy_run
+
+import h2tune_jax as h2
+from h2tune_jax.run import checkpoint, moments
+from h2tune_jax.run.events import Finished, Notice, RoundDone, Saved, Started
+from h2tune_jax.run.folder import RunError, RunFolder
+from h2tune_jax.run.loop import has_stalled, last_means
+from h2tune_jax.run.programs import Programs
+from h2tune_jax.run.records import read_lines
+from h2tune_jax.run.row_store import read_clients
+from h2tune_jax.run.settings import StopConfig
+
+
+@pytest.fixture(scope="module")
+def programs():
+    federation = toy_run.federation()
+    args = federation.specs, federation.bases, federation.probe
+    return Programs(toy_run.method(), *args, toy_run.config())
+
+
+def run(programs, out, config=None, **options):
+    config = toy_run.config() if config is None else config
+    return toy_run.run(out, config, method=programs.method, programs=programs, **options)
+
+
+def test_a_run_is_the_rounds_of_the_core(programs):
+    """The same rounds by hand, from the state that the run starts with."""
+    result = run(programs, None)
+    state = h2.RoundState(jnp.int32(0), (), tuple(start_all(programs)))
+    round_fn = h2.make_round(programs.method, programs.specs, donate=False)
+    data = toy.make_data(programs.specs)
+    for record in result.records:
+        state, metrics = round_fn(
+            state,
+            programs.bases,
+            data,
+            None,
+            None,
+            programs.method.hyper,
+            np.uint32(7),
+            toy.probe(),
+        )
+        for name in ("narrow", "wide"):
+            for metric in ("loss", "accuracy"):
+                np.testing.assert_allclose(
+                    record["cohorts"][name][metric], metrics.clients[name][metric], rtol=1e-5
+                )
+    toy.assert_trees_close(result.state.clients, state.clients)
+    found = h2.make_evaluate(programs.method, programs.specs, batch_size=4)(
+        result.state, programs.bases, data
+    )
+    tested = result.records[-1]["evaluation"]["trained"]
+    np.testing.assert_allclose(tested["narrow"]["loss"], found["narrow"]["loss"], rtol=1e-5)
+    mean = float(np.mean(tested["wide"]["accuracy"]))
+    assert result.final["trained"]["wide"]["accuracy"] == pytest.approx(mean)
+    assert programs.run_round._cache_size() == 1  # type: ignore[attr-defined]
+
+
+def start_all(programs):
+    from h2tune_jax.run.store import DeviceStore
+
+    store = DeviceStore(programs)
+    store.begin(programs.start_server())
+    return store.clients
+
+
+def test_records_have_a_fixed_form(programs):
+    config = toy_run.config(3, evaluation={"batch_size": 4, "every": 2, "before": True})
+    records = run(programs, None, config).records
+    assert [line["round"] for line in records] == [-1, 0, 1, 2]
+    assert ["evaluation" in line for line in records] == [True, False, True, True]
+    assert records[0]["cohorts"] == {}
+    assert list(records[1]) == ["round", "cohorts", "server", "bytes_up", "bytes_down"]
+    narrow = records[1]["cohorts"]["narrow"]
+    assert set(narrow) == {"clients", "loss", "accuracy", "steps", "rejected"}
+    assert (narrow["clients"], narrow["steps"]) == ([0, 1, 2, 3, 4], [3, 3, 2, 2, 2])
+    assert set(records[0]["evaluation"]["trained"]["wide"]) == {"clients", "loss", "accuracy"}
+
+
+def test_traffic_is_counted_in_bytes():
+    """FedAvg of heads of 8 x 3 float32 numbers, and a client that goes wrong."""
+    specs = (toy.make_specs(targets=())[0],)
+    federation = toy_run.federation(specs)
+    federation = federation._replace(bases=federation.bases[:1], probe=None)
+    federation.train[0].examples["x"][2] = np.nan
+    groups = toy_run.GROUPS[:1]
+    config = toy_run.config(2, groups=groups, method={"name": "fedavg"}, store={"kind": "host"})
+    result = toy_run.run(None, config, method=h2.fedavg(), federation=federation)
+    for record in result.records:
+        assert (record["bytes_up"], record["bytes_down"]) == (5 * 24 * 4, 5 * 24 * 4)
+        assert record["cohorts"]["narrow"]["rejected"] == 1
+        assert record["cohorts"]["narrow"]["loss"][2] is None
+
+
+def test_observers_are_told_in_order(programs, tmp_path):
+    told = []
+    run(programs, tmp_path / "run", observers=[told.append])
+    assert isinstance(told[0], Started)
+    assert (told[0].first_round, told[0].total_rounds) == (0, 4)
+    assert isinstance(told[-1], Finished)
+    assert told[-1][:2] == ("complete", 4)
+    done = [event for event in told if isinstance(event, RoundDone)]
+    assert [event.record for event in done] == read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [event.timing for event in done] == read_lines(tmp_path / "run" / "timings.jsonl")
+    assert all(event.timing["seconds"] > 0 for event in done)
+    assert [event.round for event in told if isinstance(event, Saved)] == [1, 2, 3, 4]
+
+
+def test_metrics_are_fetched_one_round_late(programs, monkeypatch):
+    """When a round's metrics are told, the next round is with the device already."""
+    handed, seen = [], []
+    real = programs.run_round
+
+    def count(state, *args):
+        handed.append(len(handed))
+        return real(state, *args)
+
+    monkeypatch.setattr(programs, "run_round", count)
+
+    def watch(event):
+        if isinstance(event, RoundDone):
+            seen.append((event.record["round"], len(handed)))
+
+    run(programs, None, observers=[watch])
+    assert seen == [(0, 2), (1, 3), (2, 4), (3, 4)]
+
+
+def test_rates_follow_the_schedule_over_rounds(programs, monkeypatch):
+    rates, real = [], programs.run_round
+
+    def watch(state, bases, data, ids, weights, hyper, *rest):
+        rates.append(
+            (float(hyper.learning_rate), float(hyper.head_rate), float(hyper.weight_decay))
+        )
+        return real(state, bases, data, ids, weights, hyper, *rest)
+
+    monkeypatch.setattr(programs, "run_round", watch)
+    schedule = {"kind": "linear", "warmup": 1, "final": 0.25}
+    run(programs, None, toy_run.config(4, schedule=schedule))
+    expected = 0.05 * np.asarray([1, 1, 0.625, 0.25])
+    np.testing.assert_allclose([rate for rate, _, _ in rates], expected, rtol=1e-6)
+    np.testing.assert_allclose([head for _, head, _ in rates], expected, rtol=1e-6)
+    assert {decay for _, _, decay in rates} == {0.0}
+
+
+def test_newcomers_stay_out_of_training_and_change_nothing(programs):
+    evaluation = {"batch_size": 4, "newcomers": {"count": 1, "steps": 3}}
+    result = run(programs, None, toy_run.config(2, evaluation=evaluation))
+    plain_run = run(
+        programs, None, toy_run.config(2, sampling=only_first(4, 2), evaluation={"batch_size": 4})
+    )
+    toy.assert_trees_equal(result.state, plain_run.state)
+    for ours, expected in zip(result.records, plain_run.records):
+        assert ours["cohorts"] == expected["cohorts"]
+        tested = ours["evaluation"]
+        assert tested["newcomers"]["narrow"]["clients"] == [4]
+        assert tested["newcomers"]["wide"]["clients"] == [2]
+        assert tested["trained"]["narrow"]["clients"] == [0, 1, 2, 3]
+        # They learned something in three steps, from where untrained clients stand.
+        before = expected["evaluation"]["trained"]["narrow"]["loss"][4]
+        assert tested["newcomers"]["narrow"]["loss"][0] < before
+
+
+def only_first(narrow, wide):
+    names = [f"narrow/{i}" for i in range(narrow)] + [f"wide/{i}" for i in range(wide)]
+    return {"kind": "schedule", "schedule": [names]}
+
+
+def test_participants_alone_may_be_tested(programs):
+    evaluation = {"batch_size": 4, "clients": "participants"}
+    sampling = {"kind": "uniform", "count": 2}
+    records = run(
+        programs, None, toy_run.config(3, evaluation=evaluation, sampling=sampling)
+    ).records
+    everyone = run(programs, None, toy_run.config(3, sampling=sampling)).records
+    for ours, full in zip(records, everyone):
+        ids = ours["cohorts"]["narrow"]["clients"]
+        tested, among = (line["evaluation"]["trained"]["narrow"] for line in (ours, full))
+        assert tested["clients"] == ids
+        np.testing.assert_allclose(tested["loss"], [among["loss"][i] for i in ids], rtol=1e-6)
+
+
+def test_many_clients_are_tested_in_chunks(programs, monkeypatch):
+    whole = run(programs, None, toy_run.config(1)).records
+    monkeypatch.setattr(moments, "WIDTH", 2)
+    parts = run(programs, None, toy_run.config(1)).records
+    for name in ("narrow", "wide"):
+        one, other = (r[0]["evaluation"]["trained"][name] for r in (whole, parts))
+        assert one["clients"] == other["clients"]
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["device", "file"])
+def test_a_group_may_sit_a_round_out(programs, tmp_path, kind):
+    schedule = [["narrow/1", "narrow/3"], ["wide/0", "wide/2", "narrow/3", "narrow/4"]]
+    sampling = {"kind": "schedule", "schedule": schedule}
+    config = toy_run.config(3, sampling=sampling, store={"kind": kind})
+    result = run(programs, tmp_path / kind, config)
+    assert [sorted(line["cohorts"]) for line in result.records] == [
+        ["narrow"],
+        ["narrow", "wide"],
+        ["narrow"],
+    ]
+    tested = [line["evaluation"]["trained"]["wide"]["loss"] for line in result.records]
+    assert tested[0] != tested[1] == tested[2]
+    _, clients = read_clients(tmp_path / kind, 0, [1, 3])
+    start = jax.tree.map(lambda leaf: leaf[np.asarray([1, 3])], start_all(programs)[0])
+    moved = checkpoint.flatten(start)
+    assert any((value != moved[path]).any() for path, value in clients.items())
+
+
+def test_clients_without_any_state_have_rows_too(tmp_path):
+    specs = (toy.make_specs(targets=())[0],)
+    federation = toy_run.federation(specs)
+    federation = federation._replace(bases=federation.bases[:1], probe=None)
+    args = h2.fedavg(), specs, federation.bases, None
+    changes = {"groups": toy_run.GROUPS[:1], "sampling": {"kind": "uniform", "count": 2}}
+    programs = Programs(*args, toy_run.config(3, **changes))
+    records = {}
+    for kind in ("device", "host", "file"):
+        config = toy_run.config(3, **changes, store={"kind": kind})
+        options = {"method": args[0], "federation": federation, "programs": programs}
+        asked = iter([False, False, True])
+        toy_run.run(
+            tmp_path / kind, config, stop_request=lambda asked=asked: next(asked), **options
+        )
+        records[kind] = toy_run.run(tmp_path / kind, config, **options).records
+        assert all(ok for _, ok, _ in checkpoint.verify(tmp_path / kind))
+    assert records["device"] == records["host"] == records["file"]
+
+
+@pytest.mark.slow
+def test_participants_may_be_split_over_devices(programs, cpu_devices):
+    one = run(programs, None, toy_run.config(2))
+    two = toy_run.run(None, toy_run.config(2, engine={"devices": 2}))
+    toy.assert_trees_close(one.state, two.state)
+    with pytest.raises(
+        h2.FederationError, match=r"engine.devices: 99 are asked for, and there are 8"
+    ):
+        toy_run.run(None, toy_run.config(2, engine={"devices": 99}))
+
+
+def test_a_run_stops_early_and_stays_stopped(programs, tmp_path):
+    """Nothing gains 0.9 of accuracy: the first test is the best, and two more are waited for."""
+    config = toy_run.config(6, stop={"patience": 2, "min_delta": 0.9})
+    result = run(programs, tmp_path / "run", config)
+    assert (result.reason, len(result.records)) == ("early stop", 3)
+    assert checkpoint.steps(tmp_path / "run")[-1] == 3
+    again = run(programs, tmp_path / "run", config)
+    assert (again.reason, len(again.records)) == ("early stop", 3)
+    toy.assert_trees_equal(again.state, result.state)
+
+
+def test_stalling_counts_tests_without_enough_gain():
+    stop = StopConfig(patience=2, min_delta=0.1)
+    assert not has_stalled([], stop)
+    assert not has_stalled([0.5, 0.55], stop)
+    assert has_stalled([0.5, 0.55, 0.59], stop)
+    assert not has_stalled([0.5, 0.55, 0.61, 0.65], stop)
+    assert has_stalled([0.5, None, None], stop)
+    falling = StopConfig(metric="loss", mode="min", patience=1)
+    assert not has_stalled([2.0, 1.0], falling)
+    assert has_stalled([2.0, 1.0, 1.0], falling)
+
+
+def test_the_best_checkpoint_outlasts_the_last_ones(programs, tmp_path):
+    kept = {"keep_last": 1, "keep_best": 1, "metric": "loss", "mode": "max"}
+    result = run(programs, tmp_path / "run", toy_run.config(4, checkpoints=kept))
+    losses = [moments.score(line, "loss", "trained") for line in result.records]
+    best = 1 + max(range(4), key=lambda i: losses[i])
+    assert best < 4
+    assert checkpoint.steps(tmp_path / "run") == [best, 4]
+
+
+def test_a_finished_run_is_finished(programs, tmp_path):
+    first = run(programs, tmp_path / "run")
+    told = []
+    again = run(programs, tmp_path / "run", observers=[told.append])
+    assert [type(event) for event in told] == [Started, Finished]
+    assert again.records == first.records
+    toy.assert_trees_equal(again.state, first.state)
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(programs, tmp_path, rounds):
+    config, asked, told = (
+        toy_run.config(checkpoints={"every": 3}),
+        iter([False] * rounds + [True]),
+        [],
+    )
+    result = run(
+        programs,
+        tmp_path / "run",
+        config,
+        stop_request=lambda: next(asked),
+        observers=[told.append],
+    )
+    assert (result.reason, len(result.records)) == ("interrupted", rounds)
+    assert checkpoint.steps(tmp_path / "run") == ([rounds] if rounds else [])
+    (notice,) = [event for event in told if isinstance(event, Notice)]
+    folder = tmp_path / "run"
+    assert notice.text.endswith(
+        f"go on with: h2tune run {folder}/config.toml --out {folder} --resume"
+    )
+    whole, straight = run(programs, tmp_path / "run", config), run(programs, None, config)
+    assert whole.records == straight.records
+    toy.assert_trees_equal(whole.state, straight.state)
+
+
+def test_damage_is_told_and_the_round_before_is_gone_on_from(programs, tmp_path):
+    whole = run(programs, tmp_path / "run")
+    log = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    manifest = tmp_path / "run" / "checkpoints" / "000004" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-5])
+    told = []
+    again = run(programs, tmp_path / "run", observers=[told.append])
+    texts = [event.text for event in told if isinstance(event, Notice)]
+    assert "the checkpoint of round 4 does not verify (manifest.json cannot be read" in texts[0]
+    assert texts[1] == "goes on from the checkpoint of round 3"
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log
+    toy.assert_trees_equal(again.state, whole.state)
+    assert [ok for _, ok, _ in checkpoint.verify(tmp_path / "run")] == [True] * 3
+
+
+def test_without_any_good_checkpoint_the_run_is_repeated(programs, tmp_path):
+    whole = run(programs, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    told = []
+    again = run(programs, tmp_path / "run", observers=[told.append])
+    texts = [event.text for event in told if isinstance(event, Notice)]
+    assert texts[-1].startswith("no checkpoint verifies: the run begins anew")
+    assert all("metrics.jsonl is missing" in text for text in texts[:-1])
+    assert again.records == whole.records == read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(read_lines(tmp_path / "run" / "timings.jsonl")) == 4
+
+
+def test_a_checkpoint_of_another_config_is_refused_and_left_alone(programs, tmp_path):
+    run(programs, tmp_path / "one")
+    run(programs, tmp_path / "two", toy_run.config(5))
+    (tmp_path / "one" / "checkpoints").rename(tmp_path / "kept")
+    (tmp_path / "two" / "checkpoints").rename(tmp_path / "one" / "checkpoints")
+    before = (tmp_path / "one" / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        RunError, match="a checkpoint of another config; resume the run with its own"
+    ):
+        run(programs, tmp_path / "one")
+    assert checkpoint.steps(tmp_path / "one") == [3, 4, 5]
+    assert (tmp_path / "one" / "metrics.jsonl").read_bytes() == before
+
+
+@contextlib.contextmanager
+def small_disk(path, size):
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.mark.parametrize("kind", ["device", "file"])
+def test_a_full_disk_stops_the_run_and_costs_nothing(programs, tmp_path, kind):
+    config = toy_run.config(12, store={"kind": kind}, checkpoints={"keep_last": 2, "keep_best": 0})
+    with small_disk(tmp_path / "disk", "1m"):
+        out = tmp_path / "disk" / "run"
+        asked = iter([False] * 3 + [True])
+        run(programs, out, config, stop_request=lambda: next(asked))
+        fill = out.parent / "somebody else's"
+        with contextlib.suppress(OSError), fill.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        with pytest.raises(
+            RunError, match=r"cannot be written to .*: No space left on device; make room"
+        ):
+            run(programs, out, config)
+        assert all(ok for _, ok, _ in checkpoint.verify(out))
+        assert checkpoint.steps(out)[-1] == 3
+        fill.unlink()
+        result = run(programs, out, config)
+    assert result.records == run(programs, None, toy_run.config(12)).records
+
+
+def test_a_read_only_disk_can_be_read_and_is_said_to_be_one(programs, tmp_path):
+    with small_disk(tmp_path / "disk", "4m"):
+        out = tmp_path / "disk" / "run"
+        asked = iter([False] * 2 + [True])
+        run(programs, out, stop_request=lambda: next(asked))
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        for folder in (out, tmp_path / "disk" / "new"):
+            with pytest.raises(
+                RunError, match=r"the run cannot be written to .*: Read-only file system"
+            ):
+                run(programs, folder)
+        assert checkpoint.verify(out) == [(1, True, ""), (2, True, "")]
+
+
+def test_a_folder_that_turns_read_only_stops_the_run(programs, tmp_path, monkeypatch):
+    real = checkpoint._orbax_save
+
+    def refuse(path, arrays):
+        if path.parent.name == ".writing-000003":
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        real(path, arrays)
+
+    monkeypatch.setattr(checkpoint, "_orbax_save", refuse)
+    with pytest.raises(
+        RunError, match=r"the checkpoint of round 3 cannot be written .*: Read-only file"
+    ):
+        run(programs, tmp_path / "run")
+    assert checkpoint.verify(tmp_path / "run") == [(1, True, ""), (2, True, "")]
+    monkeypatch.undo()
+    assert run(programs, tmp_path / "run").records == run(programs, None).records
+
+
+def test_means_leave_out_what_was_not_measured():
+    trained = {"narrow": {"clients": [0, 1], "loss": [1.0, None], "mae": [None, None]}}
+    records = [{"round": 0, "evaluation": {"trained": trained}}, {"round": 1}]
+    assert last_means(records) == {"trained": {"narrow": {"loss": 1.0, "mae": None}}}
+    assert moments.score(records[0], "loss", "trained") == 1.0
+    assert moments.score(records[0], "mae", "trained") is None
+    assert moments.score(records[1], "loss", "trained") is None
+    assert not math.isnan(moments.score(records[0], "loss", "trained") or 0.0)
+
+
+def test_the_run_remembers_the_folder_that_it_is_given(programs, tmp_path):
+    result = run(programs, tmp_path / "run")
+    assert result.folder == tmp_path / "run"
+    assert RunFolder(result.folder).metrics.is_file()
+    assert run(programs, None).folder is None

@@ -1,0 +1,146 @@
+"""Seeds that run together: each what it would be alone, in a folder of its own."""
+
+import jax
+import numpy as np
+import pytest
+import toy
+import toy_run
+
+from h2tune_jax.run import checkpoint
+from h2tune_jax.run.events import Finished, Notice, Started
+from h2tune_jax.run.loop import simulate
+from h2tune_jax.run.programs import Programs
+from h2tune_jax.run.records import read_lines
+from h2tune_jax.run.seeds import simulate_seeds
+from h2tune_jax.types import FederationError
+
+SEEDS = (3, 8)
+
+
+def federations():
+    """One cohort; the same bases, data of each seed's own."""
+    specs = toy.make_specs()[:1]
+    found = []
+    for seed in SEEDS:
+        data = jax.tree.map(np.array, toy.make_data(specs, seed=seed))
+        whole = toy_run.federation(specs)
+        found.append(whole._replace(bases=whole.bases[:1], probe=None, train=data, test=data))
+    return found
+
+
+def config(**changes):
+    changes = {"sampling": {"kind": "uniform", "count": 3}, "groups": toy_run.GROUPS[:1], **changes}
+    return toy_run.config(4, **changes)
+
+
+@pytest.fixture(scope="module")
+def programs():
+    first = federations()[0]
+    return Programs(toy_run.method(), first.specs, first.bases, None, config())
+
+
+def together(programs, outs, settings=None, **options):
+    settings = config() if settings is None else settings
+    return simulate_seeds(
+        settings,
+        SEEDS,
+        outs,
+        federations=federations(),
+        method=programs.method,
+        programs=programs,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(programs, tmp_path_factory):
+    root = tmp_path_factory.mktemp("seeds")
+    outs = [root / str(seed) for seed in SEEDS]
+    return outs, together(programs, outs)
+
+
+def test_each_seed_is_what_it_is_alone(whole):
+    for seed, result, federation in zip(SEEDS, whole[1], federations()):
+        alone = simulate(
+            config().model_copy(update={"seed": seed}),
+            federation=federation,
+            method=toy_run.method(),
+        )
+        assert result.config.seed == seed
+        toy.assert_trees_close(result.state, alone.state)
+        for ours, expected in zip(result.records, alone.records, strict=True):
+            mine, other = ours["cohorts"]["narrow"], expected["cohorts"]["narrow"]
+            assert mine["clients"] == other["clients"]
+            np.testing.assert_allclose(mine["loss"], other["loss"], rtol=1e-5)
+    drawn = [result.records[0]["cohorts"]["narrow"]["clients"] for result in whole[1]]
+    assert drawn[0] != drawn[1]
+
+
+def test_each_seed_has_a_run_folder_of_its_own(whole):
+    for out, result in zip(*whole):
+        assert read_lines(out / "metrics.jsonl") == result.records
+        assert checkpoint.verify(out) == [(step, True, "") for step in (2, 3, 4)]
+        state, _, _ = checkpoint.restore_state(out, result.state._replace(round=()))
+        toy.assert_trees_equal(state.clients, result.state.clients)
+
+
+@pytest.mark.parametrize("ahead", [None, 0, 1])
+def test_a_set_that_was_interrupted_goes_on_bit_for_bit(programs, whole, tmp_path, ahead):
+    """Also where a kill came between the saves of the two."""
+    outs = [tmp_path / str(seed) for seed in SEEDS]
+    asked = iter([False] * 2 + [True])
+    cut = together(programs, outs, stop_request=lambda: next(asked))
+    assert [(result.reason, len(result.records)) for result in cut] == [("interrupted", 2)] * 2
+    if ahead is not None:
+        checkpoint.prune(toy_run.RunFolder(outs[1 - ahead]), [1])
+    told = [[], []]
+    again = together(programs, outs, resume=True, observers=[[events.append] for events in told])
+    for out, expected, result, straight, events in zip(outs, whole[0], again, whole[1], told):
+        assert (out / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
+        toy.assert_trees_equal(result.state, straight.state)
+        (started,) = [event for event in events if isinstance(event, Started)]
+        assert started.first_round == (2 if ahead is None else 1)
+        assert isinstance(events[-1], Finished)
+    once_more = together(programs, outs, resume=True)
+    assert [result.records for result in once_more] == [result.records for result in again]
+
+
+def test_a_seed_taken_out_of_its_set_is_told_so(whole, tmp_path):
+    told = []
+    simulate(
+        config().model_copy(update={"seed": SEEDS[0]}),
+        out=whole[0][0],
+        resume=True,
+        federation=federations()[0],
+        method=toy_run.method(),
+        observers=[told.append],
+    )
+    (notice,) = [event for event in told if isinstance(event, Notice)]
+    assert "was begun together with the seeds [3, 8]" in notice.text
+
+
+@pytest.mark.slow
+def test_seeds_may_stop_early_one_by_one(programs):
+    stop = {"metric": "loss", "mode": "min", "patience": 1, "min_delta": 0.05}
+    results = together(programs, None, config(stop=stop))
+    for seed, result, federation in zip(SEEDS, results, federations()):
+        alone = simulate(
+            config(stop=stop).model_copy(update={"seed": seed}),
+            federation=federation,
+            method=toy_run.method(),
+        )
+        assert (result.reason, len(result.records)) == (alone.reason, len(alone.records))
+
+
+def test_what_cannot_run_together_is_said(programs):
+    with pytest.raises(FederationError, match="each once, got"):
+        simulate_seeds(config(), (1, 1), method=toy_run.method())
+    with pytest.raises(FederationError, match="with store 'device' on one device only"):
+        together(programs, None, config(store={"kind": "host"}))
+    others = federations()
+    others[1] = others[1]._replace(bases=jax.tree.map(lambda leaf: leaf + 1, others[1].bases))
+    with pytest.raises(FederationError, match="only on the same frozen weights"):
+        simulate_seeds(config(), SEEDS, federations=others, method=toy_run.method())
+    others[1] = toy_run.federation(toy.make_specs(alpha=3.0)[:1])
+    with pytest.raises(FederationError, match="only where their groups are alike"):
+        simulate_seeds(config(), SEEDS, federations=others, method=toy_run.method())
