@@ -26,7 +26,13 @@ from h2tune_jax.methods.hetlora import hetlora
 from h2tune_jax.methods.local import local
 from h2tune_jax.methods.proximal import proximal
 from h2tune_jax.methods.server_optimizer import server_optimizer
-from h2tune_jax.round import RoundMetrics, init_round, make_round
+from h2tune_jax.round import (
+    RoundMetrics,
+    init_round,
+    make_round,
+    start_clients,
+    start_server,
+)
 from h2tune_jax.training import cosine_schedule
 from h2tune_jax.types import (
     KINDS,
@@ -84,5 +90,7 @@ __all__ = [
     "relation",
     "server_optimizer",
     "shared_kinds",
+    "start_clients",
+    "start_server",
     "triple",
 ]

@@ -1,4 +1,4 @@
-"""The `h2tune` command. Each command calls one function of `h2tune_jax.run`.
+"""The `h2tune` command. Each command calls one function of `h2tune_jax.run`, `study` or `bench`.
 
 Exit codes: 0 done; 2 bad input or config; 3 a run folder that cannot be used; 130 interrupted, with
 what was done saved.
@@ -341,6 +341,31 @@ def init(
     except OSError as error:
         _fail(f"{path} cannot be written: {error.strerror}", EXIT_INPUT)
     typer.echo(f"written: {path}; look at it, then: h2tune run {path} --dry-run")
+
+
+# These read their own options, so that `python -m` does as well.
+OWN_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+study = typer.Typer(no_args_is_help=True, help="Studies of methods.")
+app.add_typer(study, name="study")
+
+
+@study.command(context_settings=OWN_OPTIONS, add_help_option=False)
+def convergence(context: typer.Context) -> None:
+    """Hold a claimed rate of convergence against gradient norms; the exit code is the verdict."""
+    with reported():
+        from h2tune_jax.study.convergence import main as study_convergence
+
+        raise typer.Exit(study_convergence(context.args))
+
+
+@app.command(context_settings=OWN_OPTIONS, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure this machine: clients and tokens a second, compile time, memory, share of the peak."""
+    with reported():
+        from h2tune_jax.bench.command import main as measure
+
+        raise typer.Exit(measure(context.args))
 
 
 if __name__ == "__main__":
