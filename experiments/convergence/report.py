@@ -29,7 +29,7 @@ TITLES = {
     "h2tune": "H2Tune: the theorem's setting on three problems",
     "fedavg": "FedAvg on the strongly convex quadratic",
     "wrong": "Step sizes that are wrong",
-    "beyond": "Where the horizons end too soon",
+    "beyond": "Where the horizons may end too soon",
     "participation": "Sweep: participation",
     "local_steps": "Sweep: local steps",
     "heterogeneity": "Sweep: heterogeneity",
@@ -96,7 +96,10 @@ def cost_lines(group):
     for note in notes:
         total += float(note.split(": ")[1].split(" s")[0])
     machines = sorted({note.split(" s, ", 1)[1] for note in notes})
-    return [f"{total / 60:.1f} minutes in all, compilation included, on {'; '.join(machines)}."]
+    # Wall time, whatever else the machine did meanwhile.
+    return [
+        f"{total / 60:.1f} minutes of wall time, compilation included, on {'; '.join(machines)}."
+    ]
 
 
 def theory_rows():
