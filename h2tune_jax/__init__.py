@@ -24,6 +24,7 @@ from h2tune_jax.methods.h2tune import REFERENCE, H2TuneHyper, H2TuneOptions, h2t
 from h2tune_jax.methods.heterotune import heterotune
 from h2tune_jax.methods.hetlora import hetlora
 from h2tune_jax.methods.local import local
+from h2tune_jax.methods.noise import noisy
 from h2tune_jax.methods.proximal import proximal
 from h2tune_jax.methods.server_optimizer import server_optimizer
 from h2tune_jax.round import (
@@ -86,6 +87,7 @@ __all__ = [
     "local",
     "make_evaluate",
     "make_round",
+    "noisy",
     "proximal",
     "relation",
     "server_optimizer",

@@ -175,10 +175,17 @@ def test_a_client_without_examples_does_not_dilute_the_mean():
 
 def test_a_server_optimiser_may_take_its_step():
     specs, method = toy.make_specs(), build()
-    step = lambda method: h2.make_round(method, specs, donate=False)(
-        toy.start(method, specs), toy.make_bases(), toy.make_data(specs), None, None, method.hyper,
-        toy.SEED,
-    )[0].server  # fmt: skip
-    double = step(h2.server_optimizer(method, optax.sgd(2.0))).inner
-    for start, once, twice in zip(toy.start(method, specs).server, step(method), double):
-        np.testing.assert_allclose(twice - start, 2 * (once - start), rtol=1e-4, atol=1e-6)
+    wrapped = h2.server_optimizer(method, optax.sgd(2.0))
+    uploads = tuple(part.updates for part in parts_of())
+    weights = jnp.asarray([1.0, 0.0, 2.0, 1.0]), jnp.ones(3)
+
+    def step(method):
+        server = method.init_server(specs, jax.random.key(0), None, None)
+        rest = uploads, weights, None, jnp.int32(0)
+        return server, method.server_aggregate(specs, None, server, None, None, *rest)[0]
+
+    start, once = step(method)
+    _, twice = step(wrapped)
+    for old, one, two in zip(start, once, twice.inner):
+        np.testing.assert_allclose(two - old, 2 * (one - old), rtol=1e-4, atol=1e-6)
+        assert np.abs(one - old).max() > 0
