@@ -76,6 +76,7 @@ MLP = (
 PROCESS = Program("process_lora.py", "torch", "peft", (2,))
 LORA = (
     Program("h2tune_lora.py", None, None),
+    Program("h2tune_lora.py", None, None, (2,), ("--devices", "2")),
     Program("torch_lora.py", "torch", "peft"),
     PROCESS,
 )
@@ -87,7 +88,7 @@ STAGES = {
     "lora1": Stage(LORA, 16, 4, 1, steps=1),
     "lora4": Stage(LORA, 16, 2, 1, steps=4),
 }
-GPU_STAGES = {"lora4": Stage(LORA[:2], 64, 10, 0, steps=4)}
+GPU_STAGES = {"lora4": Stage((LORA[0], LORA[2]), 64, 10, 0, steps=4)}
 SLOW_CLIENTS = 4  # a round's processes follow each other: four of sixteen measure the same
 
 

@@ -1,9 +1,12 @@
 # ruff: noqa: E402 - the process is pinned before anything starts threads
-"""h2tune_jax: FedIT (averaged LoRA) on MiniLM through `make_round`."""
+"""h2tune_jax: FedIT (averaged LoRA) on MiniLM through `make_round`.
+
+With `--devices n` the CPU's cores are n devices, over which the clients are split.
+"""
 
 import work
 
-ARGS = work.parse(steps=4, axis="auto")
+ARGS = work.parse(steps=4, axis="auto", devices=1)
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +39,14 @@ def build(args):
     counts = jnp.full(args.clients, ids.shape[1], jnp.int32)
     data = (h2.ClientData(examples, counts),)
     axis = int(args.axis) if args.axis.isdigit() else args.axis
-    program = h2.make_round(method, (spec,), client_axis=axis)
+    mesh, place = None, lambda tree: tree
+    if args.devices > 1:
+        auto = jax.sharding.AxisType.Auto
+        mesh = jax.make_mesh((args.devices,), ("clients",), (auto,))
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        place = lambda tree: jax.device_put(tree, everywhere)
+    base, data = place((base, data))
+    program = h2.make_round(method, (spec,), client_axis=axis, mesh=mesh)
 
     def start():
         given = lora_work.make_start()
@@ -48,7 +58,7 @@ def build(args):
         spread = lambda leaf: jnp.broadcast_to(leaf, (args.clients, *leaf.shape))
         head = {name: {"w": spread(given["w"]), "b": spread(given["bias"])}}
         client = client._replace(params={**client.params, "head": head})
-        return state._replace(server=server, clients=(client,))
+        return place(state._replace(server=server, clients=(client,)))
 
     def round_fn(state):
         state, metrics = program(state, (base,), data, None, None, method.hyper, np.uint32(0))
@@ -59,4 +69,7 @@ def build(args):
 
 
 if __name__ == "__main__":
-    lora_work.measure("h2tune_jax", ARGS, *build(ARGS))
+    if ARGS.devices > 1:
+        jax.config.update("jax_num_cpu_devices", ARGS.devices)
+    name = "h2tune_jax" if ARGS.devices == 1 else f"h2tune_jax, {ARGS.devices} devices"
+    lora_work.measure(name, ARGS, *build(ARGS))
