@@ -131,7 +131,8 @@ class FederatedMethod(NamedTuple):
 
     `shared` names the fields of the server's state (a NamedTuple) that a round moves, entry by entry,
     to a mean of what clients trained: what a server optimiser may take over. Empty where clients share
-    something that has no such entries, None where they share nothing.
+    something that has no such entries, None where they share nothing. `sends_change` says that uploads
+    are what became of the shared part less what it was, not the part as trained.
     """
 
     name: str
@@ -145,3 +146,4 @@ class FederatedMethod(NamedTuple):
     adapters: BuildAdapters
     check: Callable[[Specs], None]
     shared: tuple[str, ...] | None = None
+    sends_change: bool = False

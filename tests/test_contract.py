@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -241,7 +242,12 @@ def two_rounds(name):
     scope="module",
 )
 def name(request):
-    return request.param
+    yield request.param
+    # The programs of all methods together need more memory maps than a process may have.
+    for cached in (build, program, evaluation, started, two_rounds):
+        cached.cache_clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 def test_clients_at_once_equal_clients_in_turn(name):

@@ -2,7 +2,7 @@
 
     A = sum_i s_i [A_i, 0],    B = sum_i s_i [B_i; 0],    s_i ~ w_i |A_i B_i|_F,
 
-and client i gets the first r_i columns of A and rows of B.
+and client i gets the first r_i columns of A and rows of B. What nobody of a round holds stays as it was.
 
 Ranks prune themselves: a client adds lambda |A tail| |B tail| to its loss, the tail being the last
 (1 - gamma) r columns of A and rows of B; where that product has fallen during local training, it drops
@@ -179,7 +179,9 @@ def hetlora(
                 part = _pad(part[0], largest), part[1]
             padded.append(part)
         factors = aggregate.mean_by_architecture(specs, tuple(padded), server.factors)
-        return HetLoraServer(factors), {}
+        return HetLoraServer(
+            {name: _alive(factors[name], server.factors[name]) for name in factors}
+        ), {}
 
     def adapters(spec, server, client, download) -> Adapters:
         params = client.params
@@ -234,6 +236,17 @@ def _pad(factors: Parts, like: Parts) -> Parts:
         return jnp.pad(leaf, [(0, b - a) for a, b in zip(leaf.shape, wanted.shape)])
 
     return jax.tree.map(grow, factors, like)
+
+
+def _alive(factors: Parts, before: Parts) -> Parts:
+    """Keep columns that nobody of the round holds: zeros in both factors would never train again."""
+    alive: Parts = {"a": {}, "b": {}}
+    for kind, a in factors["a"].items():
+        b = factors["b"][kind]
+        dead = (a == 0).all(axis=1) & (b == 0).all(axis=2)  # bool[Li, r]
+        alive["a"][kind] = jnp.where(dead[:, None, :], before["a"][kind], a)
+        alive["b"][kind] = jnp.where(dead[:, :, None], before["b"][kind], b)
+    return alive
 
 
 def _tail_product(factors: Parts, tail: Array) -> Array:

@@ -39,6 +39,10 @@ def noisy(method: FederatedMethod, *, clip: float, multiplier: float) -> Federat
         raise FederationError(
             f"noisy: {method.name!r} uploads no trained copy of a shared part that could be clipped"
         )
+    if method.sends_change:
+        raise FederationError(
+            f"noisy: {method.name!r} uploads changes, and not its shared part as trained"
+        )
     plain = type(method.hyper)
     if "noise_multiplier" in plain._fields:
         raise FederationError(f"noisy: the uploads of {method.name!r} are noisy already")

@@ -55,4 +55,4 @@ def _pull(mu: Array, further: DriftFn | None, now: PyTree, downloaded: PyTree) -
 @functools.cache
 def _with_mu(plain: type) -> Any:
     """The method's own settings and mu; one class a method, so that programs are found again."""
-    return collections.namedtuple(plain.__name__, (*plain.__annotations__, "proximal_mu"))
+    return collections.namedtuple(plain.__name__, (*plain._fields, "proximal_mu"))

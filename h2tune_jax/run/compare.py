@@ -25,7 +25,7 @@ from h2tune_jax.run.paired import Comparison, ComparisonRow, compare_scores
 from h2tune_jax.run.records import read_lines
 from h2tune_jax.run.report import write_report
 from h2tune_jax.run.report.view import final_score, read_view
-from h2tune_jax.run.seeds import simulate_seeds
+from h2tune_jax.run.seeds import simulate_seeds, why_apart
 from h2tune_jax.types import FederationError
 
 __all__ = ["Comparison", "compare", "comparison_csv", "comparison_markdown", "comparison_table"]
@@ -100,6 +100,10 @@ def compare(
         if len(fresh) > 1 and together is not False:
             _build(federations, own, fresh[:1])
             size = len(fresh) if together else room_for(own, federations[fresh[0]], len(fresh))
+        if size > 1 and not together:
+            _build(federations, own, fresh)
+            if why_apart([federations[seed] for seed in fresh]) is not None:
+                size = 1
         teams += [tuple(fresh[i : i + size]) for i in range(0, len(fresh), size)]
         for team in teams:
             _build(federations, own, team)

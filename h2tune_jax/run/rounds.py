@@ -326,6 +326,7 @@ class Rounds:
     def _freeze(self, done: int) -> "_Save | None":
         if self._saver is None:
             return None
+        self._saver.make_room()
         server = checkpoint.flatten(copy_tree(self._server), ".server")
         return _Save(done, server, self.store.freeze())
 

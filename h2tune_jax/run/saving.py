@@ -88,6 +88,7 @@ class Saver:
         self.newest = 0  # rounds of the newest checkpoint that was asked for
         self._kept: dict[int, Kept] = {}
         self._saved: deque[Saved] = deque()
+        self._queued: deque[Future] = deque()
         for step in checkpoint.steps(folder):
             try:
                 manifest = checkpoint.read_manifest(folder, step)
@@ -113,7 +114,12 @@ class Saver:
         """
         self.newest = step
         mark = self._logs[0].mark()
-        self._worker.submit(self._write, step, server, frozen, metric, mark)
+        self._queued.append(self._worker.submit(self._write, step, server, frozen, metric, mark))
+
+    def make_room(self) -> None:
+        """Wait while more than one checkpoint is still to be written: each holds a copy of the state."""
+        while len(self._queued) > 1:
+            self._queued.popleft().result()
 
     def _write(
         self,

@@ -74,7 +74,9 @@ def simulate_seeds(
         ]
         if federations is None:
             federations = _build_all(configs)
-        _check_alike(federations)
+        apart = why_apart(federations)
+        if apart is not None:
+            raise FederationError(apart)
         folders = []
         for begin, federation, told in zip(begins, federations, watching):
             folder, said = begin(federation, together=list(seeds))
@@ -82,6 +84,7 @@ def simulate_seeds(
                 tell(told, Notice(text, "warning"))
             folders.append(folder)
         common = _common_round(config, homes)
+        give_up = [_given_up(config, home, common) for home in homes]
 
         first = federations[0]
         if programs is None:
@@ -93,10 +96,10 @@ def simulate_seeds(
         stops = _same_answer(stop_request)
         worker, rounds = Worker(), []
         stack.callback(worker.close)
-        for lane, own, federation, folder, told in zip(
-            lanes, configs, federations, folders, watching
+        for lane, own, federation, folder, told, at_most in zip(
+            lanes, configs, federations, folders, watching, give_up
         ):
-            made = make_rounds(federation, own, lane, worker, folder, told, stops, common)
+            made = make_rounds(federation, own, lane, worker, folder, told, stops, at_most)
             stack.callback(made.close)
             rounds.append(made)
         stack.callback(worker.close)  # called first: what is queued writes to the logs
@@ -116,13 +119,21 @@ def _build_all(configs: Sequence[RunConfig]) -> list[Federation]:
     return built
 
 
-def _check_alike(federations: Sequence[Federation]) -> None:
+def why_apart(federations: Sequence[Federation]) -> str | None:
+    """Say why seeds cannot run together; None where they can."""
     first = federations[0]
+    shapes = lambda federation: jax.tree.map(np.shape, (federation.train, federation.probe))
     for other in federations[1:]:
         if other.specs != first.specs:
-            raise FederationError("seeds run together only where their groups are alike")
+            return "seeds run together only where their groups are alike"
         if other.bases is not first.bases and not _equal(other.bases, first.bases):
-            raise FederationError("seeds run together only on the same frozen weights")
+            return "seeds run together only on the same frozen weights"
+        if shapes(other) != shapes(first):
+            return (
+                "seeds run together only where clients have room for equally many examples, which a "
+                "partition drawn from the seed does not give"
+            )
+    return None
 
 
 def _equal(one: PyTree, other: PyTree) -> bool:
@@ -153,6 +164,19 @@ def _common_round(config: RunConfig, homes: Sequence[Path | None]) -> int | None
     if common == 0:
         return 0 if max(newest) <= config.checkpoints.every else None
     return common if all(common in steps for steps in held) else None
+
+
+def _given_up(config: RunConfig, home: Path | None, common: int | None) -> int | None:
+    """Return the round whose later checkpoints a seed gives up, to go on in step; None: it keeps all.
+
+    A finished seed goes back only to a checkpoint that it has: it never begins anew.
+    """
+    steps = [] if home is None else checkpoint.steps(home)
+    if home is None or not steps or common is None:
+        return common
+    if _is_finished(config, home, steps[-1]) and common not in steps:
+        return None
+    return common
 
 
 def _is_finished(config: RunConfig, home: Path, step: int) -> bool:

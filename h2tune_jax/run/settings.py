@@ -59,6 +59,8 @@ METRICS = {
 }
 """What the loss functions of each kind of task report."""
 
+LOWER_IS_BETTER = ("loss", "mae")
+
 
 class MethodConfig(Settings):
     """The federated method. Every further key is an option of its factory; see `run.catalog`."""
@@ -136,7 +138,20 @@ class EvaluationConfig(Settings):
         return self
 
 
-class CheckpointConfig(Settings):
+class Judged(Settings):
+    """What goes by a metric: higher is better, but for losses and errors, unless `mode` is given."""
+
+    metric: str = "accuracy"
+    mode: Literal["max", "min"] = "max"
+
+    @pydantic.model_validator(mode="after")
+    def _falls(self) -> "Judged":
+        if "mode" not in self.model_fields_set and self.metric in LOWER_IS_BETTER:
+            object.__setattr__(self, "mode", "min")
+        return self
+
+
+class CheckpointConfig(Judged):
     """When the run is saved, and what is kept: the last few, and the best by a metric.
 
     The metric is its mean over the groups at the first moment of `evaluation.moments`. Without one it
@@ -146,8 +161,6 @@ class CheckpointConfig(Settings):
     every: Count = 1
     keep_last: Count = 3
     keep_best: Natural = 1
-    metric: str = "accuracy"
-    mode: Literal["max", "min"] = "max"
 
 
 class StoreConfig(Settings):
@@ -168,13 +181,11 @@ class ScheduleConfig(Settings):
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
-class StopConfig(Settings):
+class StopConfig(Judged):
     """Stop when the metric has not got better by `min_delta` for `patience` evaluations."""
 
-    metric: str = "accuracy"
     patience: Count = 3
     min_delta: Annotated[float, Field(ge=0)] = 0.0
-    mode: Literal["max", "min"] = "max"
 
 
 class LogConfig(Settings):

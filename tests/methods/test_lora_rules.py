@@ -117,6 +117,20 @@ def test_hetlora_pads_weighs_by_norms_and_truncates():
             bench.close(sites[kind].a, mean[:, :, : specs[place].rank])
 
 
+def test_hetlora_columns_that_nobody_of_a_round_holds_stay():
+    # Zeros in both factors would never train again.
+    method, specs = h2.hetlora(), bench.twins(ranks=(2, 5))
+    before = bench.start(method, specs)
+    few = bench.uploads_of(specs)[0], None, None
+    after, _ = bench.aggregate(method, specs, before, few, WEIGHTS)
+    name = aggregate.architecture(specs[1])
+    for kind in ("q", "up"):
+        old, new = (server.factors[name] for server in (before, after))
+        np.testing.assert_array_equal(new["a"][kind][:, :, 2:], old["a"][kind][:, :, 2:])
+        assert float(jnp.abs(new["a"][kind][:, :, 2:]).max()) > 0
+        assert float(jnp.abs(new["a"][kind][:, :, :2] - old["a"][kind][:, :, :2]).min()) > 0
+
+
 def test_hetlora_with_equal_ranks_and_weights_is_fedit():
     specs = bench.twins()
     uploads = bench.uploads_of(specs)

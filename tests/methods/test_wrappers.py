@@ -188,3 +188,14 @@ def test_h2tune_takes_a_server_optimiser():
         states.append(h2.make_round(method, specs)(state, *args, toy.SEED)[0])
     toy.assert_trees_close(states[0].server.inner, states[1].server)
     toy.assert_trees_equal(states[0].clients, states[1].clients)
+
+
+def test_wrappers_go_round_each_other():
+    method = h2.proximal(h2.noisy(h2.fedit(), clip=1.0, multiplier=0.1), 0.01)
+    assert method.hyper._fields[-3:] == ("clip", "noise_multiplier", "proximal_mu")
+
+
+def test_noise_refuses_methods_that_upload_changes():
+    method = h2.heterotune(size=4, widths=(3,))
+    with pytest.raises(h2.FederationError, match="uploads changes"):
+        h2.noisy(method, clip=1.0, multiplier=0.1)

@@ -241,6 +241,15 @@ def test_metric_follows_the_tasks():
     assert "not what every group's task reports" in refusal(text, "checkpoints.metric=accuracy")
 
 
+def test_a_loss_is_better_when_it_falls():
+    config = parse_config(tiny_run.TOML, ["stop.metric=loss", "checkpoints.metric=loss"])
+    assert config.stop is not None
+    assert (config.stop.mode, config.checkpoints.mode) == ("min", "min")
+    asked = parse_config(tiny_run.TOML, ["stop.metric=loss", "stop.mode=max"]).stop
+    assert asked is not None
+    assert asked.mode == "max"
+
+
 def test_digest_sees_what_determines_results(folder):
     digest = lambda *overrides: config_digest(load_config(folder / "tiny.toml", overrides))
     same = digest()

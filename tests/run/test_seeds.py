@@ -1,5 +1,7 @@
 """Seeds that run together: each what it would be alone, in a folder of its own."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -105,6 +107,16 @@ def test_a_set_that_was_interrupted_goes_on_bit_for_bit(programs, whole, tmp_pat
     assert [result.records for result in once_more] == [result.records for result in again]
 
 
+def test_a_finished_seed_keeps_what_it_has_beside_a_fresh_one(programs, whole, tmp_path):
+    outs = [tmp_path / str(seed) for seed in SEEDS]
+    shutil.copytree(whole[0][0], outs[0])
+    finished, fresh = together(programs, outs, resume=True)
+    assert finished.records == whole[1][0].records
+    assert checkpoint.steps(outs[0]) == [2, 3, 4]
+    assert (outs[0] / "metrics.jsonl").read_bytes() == (whole[0][0] / "metrics.jsonl").read_bytes()
+    assert len(fresh.records) == 4
+
+
 def test_a_seed_taken_out_of_its_set_is_told_so(whole, tmp_path):
     told = []
     simulate(
@@ -140,6 +152,11 @@ def test_what_cannot_run_together_is_said(programs):
     others = federations()
     others[1] = others[1]._replace(bases=jax.tree.map(lambda leaf: leaf + 1, others[1].bases))
     with pytest.raises(FederationError, match="only on the same frozen weights"):
+        simulate_seeds(config(), SEEDS, federations=others, method=toy_run.method())
+    others = federations()
+    cut = lambda leaf: leaf[:, :-1] if leaf.ndim > 1 else leaf
+    others[1] = others[1]._replace(train=jax.tree.map(cut, others[1].train))
+    with pytest.raises(FederationError, match="room for equally many examples"):
         simulate_seeds(config(), SEEDS, federations=others, method=toy_run.method())
     others[1] = toy_run.federation(toy.make_specs(alpha=3.0)[:1])
     with pytest.raises(FederationError, match="only where their groups are alike"):

@@ -186,6 +186,7 @@ def heterotune(
         adapters=adapters,
         check=check,
         shared=Branches._fields,
+        sends_change=True,
     )
 
 
