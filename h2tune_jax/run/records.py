@@ -57,11 +57,13 @@ class Log:
     def __init__(self, path: Path, keep: int):
         self.path = path
         with writing(path.name, path):
-            path.touch()
+            if not path.exists():
+                path.touch()
             # Unbuffered: what a full disk refused is not tried again on closing.
             self._file = path.open("r+b", buffering=0)
             head = self._file.read(keep)
-            self._file.truncate(len(head))
+            if path.stat().st_size > len(head):
+                self._file.truncate()
         self._size, self._digest = len(head), hashlib.sha256(head)
 
     def append(self, record: dict[str, Any]) -> None:
