@@ -14,7 +14,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-EXIT_INPUT, EXIT_FOLDER, EXIT_INTERRUPTED = 2, 3, 130
+from h2tune_jax.run.interrupt import EXIT_INTERRUPTED
+
+EXIT_INPUT, EXIT_FOLDER = 2, 3
 
 app = typer.Typer(
     name="h2tune",
