@@ -1,7 +1,7 @@
 """The `h2tune` command. Each command calls one function of `h2tune_jax.run`, `study` or `bench`.
 
-Exit codes: 0 done; 2 bad input or config; 3 a run folder that cannot be used; 130 interrupted, with
-what was done saved.
+Exit codes: 0 done; 2 bad input or config; 3 a folder that cannot be used, a run's or one to write to;
+130 interrupted, with what was done saved.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Federated fine-tuning of foundation models across architectures and tasks.",
-    epilog="Exit codes: 0 done, 2 bad input or config, 3 a run folder that cannot be used, "
+    epilog="Exit codes: 0 done, 2 bad input or config, 3 a folder that cannot be used, "
     "130 interrupted and saved.",
 )
 
@@ -61,7 +61,7 @@ def main() -> None:
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
     """Turn what a user can mend into a message on stderr and an exit code, without a traceback."""
-    from h2tune_jax.run.folder import RunError
+    from h2tune_jax.run.disk import RunError
     from h2tune_jax.tasks.assets import AssetError
     from h2tune_jax.types import FederationError
 
@@ -73,6 +73,11 @@ def reported() -> Iterator[None]:
         _fail(str(error), EXIT_INPUT)
     except KeyboardInterrupt:
         _fail("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        raise  # nobody reads on: the shell's affair
+    except OSError as error:
+        place = "" if error.filename is None else f"{error.filename}: "
+        _fail(f"{place}{error.strerror or error}", EXIT_FOLDER)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -176,9 +181,6 @@ def run(
                 settings, out=folder, resume=resume, observers=observers, stop_request=asked
             )
         if result.reason == "interrupted":
-            done = len(result.records)
-            if not settings.log.display:  # which says it otherwise
-                typer.echo(f"h2tune: interrupted after {done} rounds, and saved", err=True)
             raise typer.Exit(EXIT_INTERRUPTED)
         typer.echo(_final(result))
         typer.echo(f"report: {write_report(folder)}")
@@ -220,7 +222,7 @@ def compare(
 
         from h2tune_jax.run import compare as comparing
         from h2tune_jax.run.config import load_config
-        from h2tune_jax.run.folder import RunError
+        from h2tune_jax.run.disk import RunError
 
         settings = load_config(config, sets or ())
         folder = Path("runs", f"{settings.name}-compared") if out is None else out
@@ -249,11 +251,14 @@ def report(
 ) -> None:
     """Write one self-contained HTML file on one run or several."""
     with reported():
-        from h2tune_jax.run.folder import RunFolder, read_facts
+        from h2tune_jax.run.folder import RunFolder, is_live, read_facts
         from h2tune_jax.run.report import write_report
 
         for folder in runs:
             read_facts(RunFolder(folder))  # what is no run is refused by the folder's name
+            if is_live(RunFolder(folder)):
+                text = f"h2tune: {folder} is under way: the report has what it holds so far"
+                typer.echo(text, err=True)
         typer.echo(f"report: {write_report(list(runs), out)}")
 
 
@@ -287,9 +292,20 @@ def export(
 ) -> None:
     """Write one client's model."""
     with reported():
-        from h2tune_jax.run.use import export_client
+        from h2tune_jax.run.export import export_client
 
-        typer.echo(f"written: {export_client(run, client, form.value, out)}")
+        opened = _open(run)
+        typer.echo(f"written: {export_client(opened, client, form.value, out)}")
+
+
+def _open(run: Path):
+    """Open a run, and say what the reader should know of it."""
+    from h2tune_jax.run.use import open_run
+
+    opened = open_run(run)
+    for notice in opened.notices:
+        typer.echo(f"h2tune: {notice}", err=True)
+    return opened
 
 
 @app.command(epilog='Example: h2tune predict runs/first --client questions/0 "Who wrote Emma?"')
@@ -308,11 +324,10 @@ def predict(
     with reported():
         from h2tune_jax.run import use
 
-        opened = use.open_run(run)
-        for notice in opened.notices:
-            typer.echo(f"h2tune: {notice}", err=True)
+        # Before the first text is read, and for all of them: a run under way soon has other rows.
+        opened, who = use.open_with(_open(run), client)
         for text in texts or (line.rstrip("\n") for line in sys.stdin):
-            typer.echo(use.predict(opened, client, _read_text(text)))
+            typer.echo(use.predict(opened, who, _read_text(text)))
 
 
 def _read_text(text: str) -> str | dict:
@@ -337,7 +352,12 @@ def init(
 
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(read_preset("init"))
+            try:
+                file.write(read_preset("init"))
+                file.flush()
+            except OSError:
+                path.unlink()  # half a config is none
+                raise
     except FileExistsError:
         _fail(f"{path} exists already; name another file", EXIT_INPUT)
     except OSError as error:

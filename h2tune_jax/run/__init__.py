@@ -13,23 +13,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from h2tune_jax.run.catalog import build_method, method_names
     from h2tune_jax.run.config import ConfigError, RunConfig, config_toml, load_config, make_config
+    from h2tune_jax.run.disk import RunError
+    from h2tune_jax.run.export import export_client
     from h2tune_jax.run.federation import Federation, build_federation
-    from h2tune_jax.run.folder import RunError
     from h2tune_jax.run.inspect import inspect_run
     from h2tune_jax.run.loop import RunResult, run_rounds, simulate
     from h2tune_jax.run.report import write_report
-    from h2tune_jax.run.use import export_client, open_run, predict
+    from h2tune_jax.run.use import open_run, predict
 
 _HOMES = {
     "ConfigError": "config",
     "Federation": "federation",
     "RunConfig": "config",
-    "RunError": "folder",
+    "RunError": "disk",
     "RunResult": "loop",
     "build_federation": "federation",
     "build_method": "catalog",
     "config_toml": "config",
-    "export_client": "use",
+    "export_client": "export",
     "inspect_run": "inspect",
     "load_config": "config",
     "make_config": "config",

@@ -1,4 +1,4 @@
-"""Checkpoints that say themselves whether they are whole.
+"""Checkpoints that say themselves whether they are whole: what they are, and how they are read.
 
     RUN/checkpoints/
       000012/              the run after 12 rounds
@@ -11,36 +11,61 @@ Orbax gives back a flipped byte without a word, and takes a truncated checkpoint
 checkpoint is read against its own manifest, whose last entry is its own digest; on resume the newest that
 verifies counts. A manifest also vouches for files *beside* it: the first bytes of metrics.jsonl, and
 the files that hold clients' rows. `docs/checkpoints.md` is the account for users.
+
+A checkpoint gets its name when it is whole and on the disk: what is missing under that name is damage, and
+what was being written when a run was killed has another. Damage (`Broken`) is what the bytes say. That they
+cannot be read at all (no memory, no permission, too many open files) says nothing of them: a `RunError`.
 """
 
-import contextlib
-import hashlib
 import json
-import logging
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from h2tune_jax.run.folder import (
-    FORMAT,
-    RunError,
-    RunFolder,
-    refuse_newer,
-    sync_folder,
-    write_whole,
-    writing,
+from h2tune_jax.run.disk import Gone, RunError, holding, names_in, reading
+from h2tune_jax.run.flat import (
+    Arrays,
+    Broken,
+    array_digest,
+    file_digest,
+    flatten,
+    json_digest,
+    state_digest,
+    unflatten,
 )
-from h2tune_jax.run.records import Mark
+from h2tune_jax.run.folder import RunFolder, refuse_newer
+from h2tune_jax.run.orbax_arrays import restore_arrays
 from h2tune_jax.types import PyTree
 
-Arrays = dict[str, np.ndarray]
+__all__ = [
+    "Arrays",
+    "Broken",
+    "Checkpoint",
+    "array_digest",
+    "broken",
+    "checkpoint_path",
+    "file_digest",
+    "find_damage",
+    "flatten",
+    "read_arrays",
+    "read_manifest",
+    "read_newest",
+    "restore_newest",
+    "restore_state",
+    "state_digest",
+    "steps",
+    "unflatten",
+    "verify",
+]
+
 MANIFEST = "manifest.json"
+
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_TRIES = 5
 
 
 class Checkpoint(NamedTuple):
@@ -51,217 +76,46 @@ class Checkpoint(NamedTuple):
     meta: dict[str, Any]
 
 
-class Broken(Exception):
-    """Why a checkpoint does not verify."""
-
-
-# Trees and flat arrays
-
-
-def flatten(tree: PyTree, prefix: str = "") -> dict[str, Any]:
-    """Return a tree's leaves by path: ".server.middle", ".clients[0].a['q']"."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {prefix + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-
-def unflatten(like: PyTree, arrays: Mapping[str, np.ndarray], prefix: str = "") -> PyTree:
-    """Put arrays in the places of `like` (arrays or shapes); `RunError` where they do not fit."""
-
-    def place(path: Any, leaf: Any) -> np.ndarray:
-        name = prefix + jax.tree_util.keystr(path)
-        found = arrays.get(name)
-        if found is None:
-            raise RunError(f"the checkpoint has no {name}; it is of another federation or method")
-        if found.shape != tuple(leaf.shape) or found.dtype != leaf.dtype:
-            raise RunError(
-                f"the checkpoint's {name} is {found.dtype}{list(found.shape)}, expected "
-                f"{leaf.dtype}{list(leaf.shape)}; it is of another federation or method"
-            )
-        return found
-
-    return jax.tree_util.tree_map_with_path(place, like)
-
-
-def array_digest(array: np.ndarray) -> str:
-    """Return the SHA-256 of an array's type, shape and bytes."""
-    digest = hashlib.sha256(f"{array.dtype}{list(array.shape)}".encode())
-    if array.size:
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def state_digest(state: PyTree) -> str:
-    """Return one SHA-256 over every array of a tree and its path: equal where all bits are."""
-    named = {path: array_digest(np.asarray(leaf)) for path, leaf in flatten(state).items()}
-    return _json_digest(named)
-
-
-def _json_digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_digest(path: Path, size: int | None = None) -> str:
-    """Return the SHA-256 of a file, or of its first `size` bytes; `Broken` where it has fewer."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        left = os.fstat(file.fileno()).st_size if size is None else size
-        while left:
-            block = file.read(min(left, 1 << 22))
-            if not block:
-                raise Broken(f"{path.name} is shorter than it was")
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()
-
-
-# Writing
-
-
-def save(
-    folder: RunFolder,
-    step: int,
-    arrays: Mapping[str, np.ndarray],
-    meta: Mapping[str, Any],
-    beside: Mapping[str, Mark] | None = None,
-) -> int:
-    """Write a checkpoint; it has its name only when it is whole: -> bytes written.
-
-    Args:
-      folder: the run.
-      step: rounds done.
-      arrays: by path. Arrays without elements are kept in the manifest: Orbax has no room for them.
-      meta: further facts, as JSON.
-      beside: other files of the run that belong to it, by their path below the run's folder.
-    """
-    final = _path(folder, step)
-    part = folder.checkpoints / f".writing-{step:06d}"
-    with writing(f"the checkpoint of round {step}", final):
-        try:
-            folder.checkpoints.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
-            full = {path: value for path, value in arrays.items() if value.size}
-            if full:
-                _orbax_save(part / "arrays", full)
-            files = {str(file.relative_to(part)): _describe_and_sync(file) for file in _files(part)}
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "meta": dict(meta),
-                "arrays": {path: _describe(value) for path, value in arrays.items()},
-                "files": files,
-                "beside": {path: list(mark) for path, mark in (beside or {}).items()},
-            }
-            text = json.dumps({**manifest, "digest": _json_digest(manifest)}, indent=1)
-            write_whole(part / MANIFEST, text)
-            # Bytes of a checkpoint that had this name are of no use: it did not verify, or it is this.
-            _remove(final)
-            part.rename(final)
-            sync_folder(folder.checkpoints)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)  # its bytes may be what fills the disk
-            raise
-    _remove(folder.checkpoints / f"broken-{step:06d}")
-    return sum(size for size, _ in files.values()) + len(text)
-
-
-def _describe(array: np.ndarray) -> list[Any]:
-    return [str(array.dtype), list(array.shape), array_digest(array)]
-
-
-def _describe_and_sync(file: Path) -> list[Any]:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-    return [file.stat().st_size, file_digest(file)]
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _path(folder: RunFolder, step: int) -> Path:
+def checkpoint_path(folder: RunFolder, step: int) -> Path:
+    """Return the folder of a checkpoint."""
     return folder.checkpoints / f"{step:06d}"
-
-
-def _remove(path: Path) -> None:
-    """Delete a folder so that a kill leaves no half of it under its name."""
-    if path.exists():
-        aside = path.with_name(f".writing-old-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def prune(folder: RunFolder, keep: Iterable[int]) -> None:
-    """Delete every checkpoint but these."""
-    kept = set(keep)
-    for step in steps(folder):
-        if step not in kept:
-            _remove(_path(folder, step))
-
-
-def tidy(folder: RunFolder) -> None:
-    """Delete what a killed process left unfinished. Only for the holder of the lock."""
-    for path in folder.checkpoints.glob(".writing-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def set_aside(folder: RunFolder, step: int) -> None:
-    """Rename a checkpoint that does not verify, so that nobody takes it for a good one."""
-    aside = folder.checkpoints / f"broken-{step:06d}"
-    _remove(aside)
-    with contextlib.suppress(OSError):
-        _path(folder, step).rename(aside)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Orbax from logging the errors that we report, with a page of traceback each."""
-    refuse = lambda record: record.levelno < logging.ERROR
-    logger = logging.getLogger("absl")
-    logger.addFilter(refuse)
-    try:
-        yield
-    finally:
-        logger.removeFilter(refuse)
-
-
-def _orbax_save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    import orbax.checkpoint as ocp
-
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as saver:
-        saver.save(path.resolve(), args=ocp.args.PyTreeSave(dict(arrays)))
-
-
-def _orbax_restore(path: Path, names: Iterable[str]) -> Arrays:
-    import orbax.checkpoint as ocp
-
-    kinds = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(path.resolve(), args=ocp.args.PyTreeRestore(restore_args=kinds))
-
-
-# Reading
 
 
 def steps(folder: RunFolder | str | os.PathLike) -> list[int]:
     """Return the rounds that there are checkpoints of, oldest first, whether whole or not."""
-    checkpoints = _folder(folder).checkpoints
-    names = [entry.name for entry in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    names = names_in(_folder(folder).checkpoints)
     return sorted(int(name) for name in names if re.fullmatch(r"\d{6,}", name))
 
 
+def broken(folder: RunFolder) -> list[str]:
+    """Return the names of the checkpoints that were set aside, oldest first."""
+    return [name for name in names_in(folder.checkpoints) if re.fullmatch(r"broken-\d{6,}", name)]
+
+
 def verify(folder: RunFolder | str | os.PathLike) -> list[tuple[int, bool, str]]:
-    """Check every checkpoint of a run: -> (step, whether it verifies, why not), oldest first."""
+    """Check every checkpoint of a run: -> (step, whether it verifies, why not), oldest first.
+
+    Those that a run under way deletes meanwhile are left out.
+    """
     found, seen = [], {}
     for step in steps(folder):
         try:
             _read(_folder(folder), step, seen)
             found.append((step, True, ""))
+        except Gone:
+            continue
         except (Broken, RunError) as error:
             found.append((step, False, str(error)))
     return found
+
+
+def find_damage(folder: RunFolder | str | os.PathLike, step: int) -> str | None:
+    """Say why a checkpoint does not verify; None where it does. `RunError` where it cannot be read."""
+    try:
+        _read(_folder(folder), step, {})
+    except Broken as error:
+        return f"the checkpoint of round {step} does not verify ({error})"
+    return None
 
 
 def read_arrays(
@@ -273,26 +127,42 @@ def read_arrays(
     Where clients live in a store of rows ("host", "file"), `run.row_store.read_clients` reads them.
     Damage to metrics.jsonl is no matter here. Raises `RunError` where nothing can be read.
     """
-    folder, reasons = _folder(folder), []
-    for candidate in reversed(steps(folder)) if step is None else (step,):
-        try:
-            found = _read(folder, candidate, {}, beside="clients/")
-            return found.arrays, found.meta
-        except Broken as error:
-            reasons.append(f"round {candidate}: {error}")
-    why = "; ".join(reasons) or "there is none"
+    found, _ = read_newest(folder, step)
+    return found.arrays, found.meta
+
+
+def read_newest(
+    folder: RunFolder | str | os.PathLike, step: int | None = None
+) -> tuple[Checkpoint, list[str]]:
+    """Do so: -> (the checkpoint, what was passed over and why). The run may be under way."""
+    folder, skipped, gone = _folder(folder), [], []
+    for _ in range(_TRIES):
+        skipped, gone = [], []
+        for candidate in reversed(steps(folder)) if step is None else (step,):
+            try:
+                return _read(folder, candidate, {}, beside="clients/"), skipped
+            except Broken as error:
+                skipped.append(f"the checkpoint of round {candidate} does not verify ({error})")
+            except Gone as error:
+                gone.append(str(error))
+        if not gone:
+            break  # else its run has a newer one by now
+    why = "; ".join(skipped + gone) or "there is none"
     raise RunError(f"{folder.path} has no checkpoint that can be read: {why}")
 
 
 def restore_newest(
-    folder: RunFolder, config_digest: str | None = None
+    folder: RunFolder, config_digest: str | None = None, at_most: int | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
     """Read the newest checkpoint that verifies, if any: -> (it, what was skipped and why).
 
-    A checkpoint of another config or of a newer format is refused, not skipped: it is no damage.
+    With `at_most`, later ones are not looked at. A checkpoint of another config or of a newer format is
+    refused, not skipped: it is no damage.
     """
     skipped, seen = [], {}
     for step in reversed(steps(folder)):
+        if at_most is not None and step > at_most:
+            continue
         try:
             found = _read(folder, step, seen)
         except Broken as error:
@@ -300,7 +170,7 @@ def restore_newest(
             continue
         if config_digest is not None and found.meta.get("config_digest") != config_digest:
             raise RunError(
-                f"{_path(folder, step)} is a checkpoint of another config; "
+                f"{checkpoint_path(folder, step)} is a checkpoint of another config; "
                 "resume the run with its own, or choose another folder"
             )
         return found, skipped
@@ -320,15 +190,18 @@ def restore_state(
 
 def read_manifest(folder: RunFolder | str | os.PathLike, step: int) -> dict[str, Any]:
     """Read a checkpoint's manifest; `Broken` where it is damaged, `RunError` where it is too new."""
-    path = _path(_folder(folder), step) / MANIFEST
+    path = checkpoint_path(_folder(folder), step) / MANIFEST
+    with reading(f"the checkpoint of round {step}", path, _advice(path.parent)):
+        try:
+            text = path.read_bytes()
+        except _MISSING:
+            raise Broken(f"{MANIFEST} is missing") from None
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(text)
         claimed = manifest.pop("digest")
-    except FileNotFoundError:
-        raise Broken(f"{MANIFEST} is missing") from None
-    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise Broken(f"{MANIFEST} cannot be read: {error}") from None
-    if _json_digest(manifest) != claimed:
+    if json_digest(manifest) != claimed:
         raise Broken(f"{MANIFEST} is not what was written")
     refuse_newer(path, manifest["format"])
     return manifest
@@ -339,26 +212,60 @@ def _folder(folder: RunFolder | str | os.PathLike) -> RunFolder:
 
 
 def _read(folder: RunFolder, step: int, seen: dict[Any, bool], beside: str = "") -> Checkpoint:
-    """Read a checkpoint against its manifest. `seen` remembers which files beside it were checked."""
-    manifest, home = read_manifest(folder, step), _path(folder, step)
+    """Read a checkpoint against its manifest. `seen` remembers which files beside it were checked.
+
+    Raises `Broken`, `Gone` where it is not there or was replaced meanwhile, and `RunError`.
+    """
+    home, what = checkpoint_path(folder, step), f"the checkpoint of round {step}"
+    with reading(what, home):
+        before = _identity(home)
+    if before is None:
+        raise Gone(f"{what} is not there")
+    try:
+        # While it is held a run under way leaves it where it is.
+        with reading(what, home, _advice(home)), holding(home, alone=False) as is_free:
+            if not is_free:
+                raise Gone(f"{what} is being deleted")
+            return _read_against_manifest(folder, step, seen, beside)
+    except (Broken, RunError) as error:
+        with reading(what, home):
+            is_gone = _identity(home) != before
+        if is_gone:
+            raise Gone(f"{what} was deleted meanwhile") from error
+        raise
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _read_against_manifest(
+    folder: RunFolder, step: int, seen: dict[Any, bool], beside: str
+) -> Checkpoint:
+    manifest, home = read_manifest(folder, step), checkpoint_path(folder, step)
     for name, (size, digest) in manifest["files"].items():
-        _check_file(home / name, name, size, digest, whole=True)
+        _check_file(home, home / name, name, size, digest, whole=True)
     for name, (size, digest) in manifest["beside"].items():
         if not name.startswith(beside):
             continue
-        if (name, size, digest) not in seen:
-            # A log may have grown since; a file that failed once fails again.
-            seen[name, size, digest] = False
-            _check_file(folder.path / name, name, size, digest, whole=False)
-            seen[name, size, digest] = True
-        if not seen[name, size, digest]:
+        key = name, size, digest
+        if key not in seen:
+            try:
+                # A log may have grown since.
+                _check_file(home, folder.path / name, name, size, digest, whole=False)
+            except Broken:
+                seen[key] = False  # what failed once fails again
+                raise
+            seen[key] = True
+        if not seen[key]:
             raise Broken(f"{name} is damaged")
     described = manifest["arrays"]
     full = [path for path, (_, shape, _) in described.items() if 0 not in shape]
-    try:
-        arrays = _orbax_restore(home / "arrays", full) if full else {}
-    except Exception as error:  # whatever Orbax makes of damage; the digests are the judge
-        raise Broken(f"its arrays cannot be read: {error}") from error
+    arrays = _restore_whole(home, full) if full else {}
     for path, (dtype, shape, _) in described.items():
         if 0 in shape:
             arrays[path] = np.empty(shape, dtype)
@@ -369,14 +276,31 @@ def _read(folder: RunFolder, step: int, seen: dict[Any, bool], beside: str = "")
     return Checkpoint(step, arrays, {**manifest["meta"], "round": step})
 
 
-def _check_file(path: Path, name: str, size: int, digest: str, *, whole: bool) -> None:
+def _restore_whole(home: Path, names: Iterable[str]) -> Arrays:
+    """Read arrays by Orbax. Every file is what was written: whatever it meets here is no damage."""
     try:
-        found = path.stat().st_size
-        if found < size or (whole and found > size):
-            raise Broken(f"{name} has {found} bytes of {size}")
-        if file_digest(path, size) != digest:
-            raise Broken(f"{name} is not what was written")
-    except FileNotFoundError:
-        raise Broken(f"{name} is missing") from None
-    except OSError as error:
-        raise Broken(f"{name} cannot be read: {error.strerror}") from error
+        return restore_arrays(home / "arrays", names)
+    except (OSError, MemoryError):
+        raise  # for `reading`, which says the reason
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or repr(error)
+        raise RunError(
+            f"the arrays in {home} cannot be read, although every file is what was written: {reason}; "
+            f"nothing was changed: {_advice(home)}"
+        ) from error
+
+
+def _advice(home: Path) -> str:
+    return f"try again; if that does not help, move {home} away, and the one before counts"
+
+
+def _check_file(home: Path, path: Path, name: str, size: int, digest: str, *, whole: bool) -> None:
+    with reading(name, path, _advice(home)):
+        try:
+            found = path.stat().st_size
+            if found < size or (whole and found > size):
+                raise Broken(f"{name} has {found} bytes of {size}")
+            if file_digest(path, size) != digest:
+                raise Broken(f"{name} is not what was written")
+        except _MISSING:
+            raise Broken(f"{name} is missing") from None

@@ -14,18 +14,20 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from h2tune_jax.run import checkpoint, loop, numbers
+from h2tune_jax.run import loop, numbers
 from h2tune_jax.run.catalog import method_config
-from h2tune_jax.run.config import RunConfig, config_digest, make_config
+from h2tune_jax.run.config import RunConfig, make_config
 from h2tune_jax.run.describe import describe
+from h2tune_jax.run.disk import RunError, write_whole, writing
 from h2tune_jax.run.events import Notice, Observer, tell
 from h2tune_jax.run.federation import Federation, build_federation
-from h2tune_jax.run.folder import RunError, RunFolder, holds_run, read_facts, write_whole, writing
+from h2tune_jax.run.folder import RunFolder, holds_run, read_facts
+from h2tune_jax.run.notices import PassOn
 from h2tune_jax.run.paired import Comparison, ComparisonRow, compare_scores
-from h2tune_jax.run.records import read_lines
 from h2tune_jax.run.report import write_report
 from h2tune_jax.run.report.view import final_score, read_view
 from h2tune_jax.run.seeds import simulate_seeds, why_apart
+from h2tune_jax.run.stopping import is_finished
 from h2tune_jax.types import FederationError
 
 __all__ = ["Comparison", "compare", "comparison_csv", "comparison_markdown", "comparison_table"]
@@ -54,7 +56,8 @@ def compare(
       methods: names of the catalog.
       seeds: the seeds, or how many: from `config.seed` on.
       out: the folder of the comparison.
-      observers: are told of every run, one after the other; of seeds that run together, of the first.
+      observers: are told of every run, one after the other; of seeds that run together, of the first,
+        and of the others' notices.
       options: by method, options that hold for it alone: {"local": {"learning_rate": 3e-3}}.
       baseline: whom to compare with; None means `local` if it is among the methods, else the first.
       together: run the seeds of a method as one program: True, all; False, none; None, as many as fit the
@@ -112,7 +115,7 @@ def compare(
 
     folders = [_folder(out, method, seed) for method in methods for seed in listed]
     found = compare_scores([final_score(read_view(folder)) for folder in folders], baseline)
-    with writing("the comparison", out):
+    with writing("the comparison", out, again="try again"):
         write_whole(out / "comparison.csv", comparison_csv(found))
         write_whole(out / "comparison.md", comparison_markdown(found))
     write_report(folders, out / "report.html", baseline=baseline)
@@ -157,7 +160,7 @@ def _run(
             team,
             places,
             resume=True,
-            observers=[observers, *[()] * (len(team) - 1)],
+            observers=[observers, *((PassOn(f"seed {seed}", observers),) for seed in team[1:])],
             federations=[federations[seed] for seed in team],
             stop_request=stop_request,
         )
@@ -216,30 +219,6 @@ def run_config(
     """Return the config of one run of a comparison."""
     own = method_config(config.method, method).model_dump() | dict(options or {})
     return make_config(config.model_dump() | {"method": own, "seed": seed})
-
-
-def is_finished(folder: Path, config: RunConfig) -> bool:
-    """Say whether a folder holds a run of this config that came to its end.
-
-    Raises `RunError` where it holds a run of another config: nothing of that is overwritten.
-    """
-    if not holds_run(folder):
-        return False
-    if read_facts(RunFolder(folder)).get("config_digest") != config_digest(config):
-        raise RunError(
-            f"{folder} holds a run of another config; compare into another folder, or remove it"
-        )
-    records = read_lines(RunFolder(folder).metrics)
-    done = records[-1]["round"] + 1 if records else 0
-    # What is killed behind the last round still has a checkpoint to write.
-    if not records or checkpoint.steps(folder)[-1:] != [done]:
-        return False
-    stop = config.stop
-    if stop is None or done == config.rounds:
-        return done == config.rounds
-    moment = config.evaluation.moments[0]
-    scores = [loop.score(r, stop.metric, moment) for r in records if "evaluation" in r]
-    return loop.has_stalled(scores, stop)
 
 
 def _folder(out: Path, method: str, seed: int) -> Path:

@@ -110,12 +110,12 @@ def recompute_accuracy(
 ) -> dict[str, float]:
     """Test every client anew as the newest checkpoint holds it: -> mean accuracy by group."""
     method = build_method(method_config(config.method, name))
-    arrays, _ = checkpoint.read_arrays(folder)
+    arrays, meta = checkpoint.read_arrays(folder)
     key = jax.eval_shape(jax.random.key, 0)
     start = lambda bases, probe, key: init_round(method, federation.specs, bases, probe, key)
     like = jax.eval_shape(start, federation.bases, federation.probe, key)
     state = RoundState(
-        round=np.asarray(config.rounds, np.int32),  # pyright: ignore[reportArgumentType]
+        round=np.asarray(meta["round"], np.int32),  # pyright: ignore[reportArgumentType]
         server=checkpoint.unflatten(like.server, arrays, ".server"),
         clients=tuple(
             checkpoint.unflatten(clients, arrays, f".clients[{i}]")

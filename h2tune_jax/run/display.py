@@ -225,6 +225,11 @@ class Display:
         self._seen, self._broken = Seen(), False
         self._last, self._printed = -float("inf"), 0
 
+    @property
+    def shows_notices(self) -> bool:
+        """Whether what is told is seen; see `run.notices`."""
+        return not self._broken
+
     def __enter__(self) -> "Display":
         return self
 

@@ -6,21 +6,23 @@ RUN/
   lock             held by the process that writes
   metrics.jsonl    what was computed; repeatable bit for bit
   timings.jsonl    clock readings
+  notices.jsonl    what a reader should know; see `run.notices`
   checkpoints/     see `run.checkpoint`
   clients/         rows of clients, for the stores "host" and "file"; see `run.store`
 """
 
 import contextlib
-import errno
 import fcntl
 import functools
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import re
 import socket
 import subprocess
+import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,14 +30,18 @@ from typing import Any, NamedTuple
 
 import jax
 
-from h2tune_jax.types import FederationError
+from h2tune_jax.run.disk import (
+    RunError,
+    is_there,
+    make_folder,
+    names_in,
+    reading,
+    write_whole,
+    writing,
+)
 
 FORMAT = 1
 """Of run.json and of the checkpoints; a reader refuses what is newer."""
-
-
-class RunError(FederationError):
-    """What keeps a run from starting, from going on, or from being read; says what can be done."""
 
 
 class RunFolder(NamedTuple):
@@ -64,6 +70,10 @@ class RunFolder(NamedTuple):
         return self.path / "timings.jsonl"
 
     @property
+    def notices(self) -> Path:
+        return self.path / "notices.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -72,71 +82,37 @@ class RunFolder(NamedTuple):
         return self.path / "clients"
 
 
-@contextlib.contextmanager
-def writing(what: str, path: Path) -> Iterator[None]:
-    """Turn errors of the file system into a `RunError` that says what could not be written, and why."""
-    try:
-        yield
-    except RunError:
-        raise
-    except Exception as error:
-        code = _error_code(error)
-        if code is None:
-            raise
-        reason, advice = os.strerror(code), "choose another folder"
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            advice = "make room and resume the run; what was complete before is untouched"
-        raise RunError(f"{what} cannot be written to {path}: {reason}; {advice}") from error
+_HOLDER = re.compile(rb"(process \d+ on [^\n]*\n?)?\0*")
+"""What a lock of ours may hold: nothing, who has it, or the zeros that a power cut leaves."""
 
+_LONGEST = 4096
 
-def _error_code(error: BaseException) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    # Orbax's store reports the same in words.
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(found[1]) if found else None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is either there in full or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make what was created or renamed in a folder outlast a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+_TRIES, _PAUSE = 4, 0.05
 
 
 @contextlib.contextmanager
 def lock_folder(folder: RunFolder) -> Iterator[None]:
     """Hold a run's lock, making the folder where it is missing; refuse where another process has it.
 
-    The system gives the lock back when its holder dies, however it dies.
+    The system gives the lock back when its holder dies, however it dies. A folder of something else is
+    refused before anything is created in it, and a file called `lock` that is not ours is left as it is.
     """
+    _refuse_strangers(folder)
     with writing("the run", folder.path):
-        folder.path.mkdir(parents=True, exist_ok=True)
-        file = folder.lock.open("a+b", buffering=0)
+        make_folder(folder.path)
+        # Nothing is cut off or written before the lock is held, and the file is known to be ours.
+        file = io.FileIO(os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o666), "r+")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().decode(errors="replace").strip() or "another process"
+        with writing("the run's lock", folder.lock):
+            _seize(folder, file)
+            held = file.read(_LONGEST + 1)
+        if len(held) > _LONGEST or not _HOLDER.fullmatch(held):
             raise RunError(
-                f"{folder.path} is being written by {holder}; wait for it, or choose another folder"
-            ) from None
+                f"{folder.lock} is no lock of a run, and was left as it is; choose another folder"
+            )
         with contextlib.suppress(OSError):  # for whoever comes to a locked door; no more
             file.truncate(0)
+            file.seek(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         try:
             yield
@@ -145,9 +121,57 @@ def lock_folder(folder: RunFolder) -> Iterator[None]:
                 file.truncate(0)
 
 
+def _seize(folder: RunFolder, file: io.FileIO) -> None:
+    for left in reversed(range(_TRIES)):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if left:  # who looks whether the run is live holds the lock for a moment
+                time.sleep(_PAUSE)
+        else:
+            return
+    holder = file.read(_LONGEST).decode(errors="replace").strip("\0\n ") or "another process"
+    raise RunError(
+        f"{folder.path} is being written by {holder}; wait for it, or choose another folder"
+    )
+
+
+def is_live(folder: RunFolder) -> bool:
+    """Say whether a process writes this run."""
+    # A holder says who it is; only then is the lock tried, which a writer that just starts could mind.
+    try:
+        with folder.lock.open("rb") as file:
+            if not file.read(1):
+                return False
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    except OSError:  # there is no lock, or none that may be looked at
+        return False
+    return False
+
+
+def _refuse_strangers(folder: RunFolder) -> None:
+    """Refuse a folder that holds something and no run. A kill may have left the first files of one."""
+    names = names_in(folder.path)
+    if folder.facts.name in names:
+        return
+    begun = folder.config.name, folder.facts.name
+    ours = {folder.lock.name, folder.config.name, *(f".{name}.part" for name in begun)}
+    strange = [name for name in names if name not in ours]
+    if strange:
+        raise RunError(
+            f"{folder.path} holds something that is no run ({', '.join(strange[:3])}); "
+            "choose an empty folder or a new one"
+        )
+
+
 def holds_run(path: str | os.PathLike) -> bool:
     """Say whether a folder holds a run."""
-    return RunFolder(Path(path)).facts.is_file()
+    folder = RunFolder(Path(path))
+    with reading("the run", folder.path):
+        return is_there(folder.facts)
 
 
 def begin_folder(
@@ -158,17 +182,12 @@ def begin_folder(
     A folder that holds a run already is refused unless `resume`; with it, what the run was begun with
     must be what it goes on with. Something else's folder is always refused.
     """
-    if not folder.facts.is_file():
-        ours = {folder.lock.name, folder.config.name}
-        strange = sorted(
-            entry.name
-            for entry in folder.path.iterdir()
-            if entry.name not in ours and not entry.name.endswith(".part")
-        )
-        if strange:
+    if not holds_run(folder.path):
+        _refuse_strangers(folder)
+        if _read_config(folder) not in (None, config_toml):
             raise RunError(
-                f"{folder.path} holds something that is no run ({', '.join(strange[:3])}); "
-                "choose an empty folder or a new one"
+                f"{folder.config} is there already, with another config than this run's; it was left as "
+                "it is: choose an empty folder or a new one"
             )
         facts = {"format": FORMAT, "config_digest": digest, **notes, **circumstances()}
         with writing("the run", folder.path):
@@ -181,7 +200,7 @@ def begin_folder(
         )
     facts = read_facts(folder)
     if facts.get("config_digest") != digest:
-        before = folder.config.read_text(encoding="utf-8") if folder.config.is_file() else ""
+        before = _read_config(folder) or ""
         raise RunError(
             f"{folder.path} holds a run of another config; {_difference(before, config_toml)}. "
             "Resume it with its own config.toml, or choose another folder"
@@ -199,13 +218,23 @@ def begin_folder(
     return [f"goes on elsewhere than it began, and may differ in the last bits: {'; '.join(moved)}"]
 
 
+def _read_config(folder: RunFolder) -> str | None:
+    with reading("the run's config", folder.config):
+        try:
+            return folder.config.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return None
+
+
 def read_facts(folder: RunFolder) -> dict[str, Any]:
     """Read run.json, refusing what is no run or of a newer format."""
+    with reading("the run", folder.facts):
+        text = folder.facts.read_bytes() if is_there(folder.facts) else None
+    if text is None:
+        raise RunError(f"{folder.path} holds no run: run.json is missing")
     try:
-        facts = json.loads(folder.facts.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{folder.path} holds no run: run.json is missing") from None
-    except (OSError, ValueError) as error:
+        facts = json.loads(text)
+    except ValueError as error:
         raise RunError(f"{folder.facts} cannot be read: {error}") from error
     if not isinstance(facts, dict) or not isinstance(facts.get("format"), int):
         raise RunError(f"{folder.facts} is no run.json: it has no format")

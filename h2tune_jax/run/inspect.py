@@ -1,6 +1,6 @@
 """What is in a run's folder, and which of its checkpoints can be trusted."""
 
-import fcntl
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from h2tune_jax.run import checkpoint, numbers
+from h2tune_jax.run.disk import names_in
 from h2tune_jax.run.folder import RunFolder, read_facts
+from h2tune_jax.run.notices import read_notices
 from h2tune_jax.run.report.view import (
     GroupView,
     RunView,
@@ -19,6 +21,8 @@ from h2tune_jax.run.report.view import (
     metric_of,
     read_view,
 )
+
+MOST_NOTICES = 20
 
 
 class CheckpointLine(NamedTuple):
@@ -52,6 +56,11 @@ class Inspection(NamedTuple):
     is_running: bool  # a process holds the lock
     groups: tuple[GroupLine, ...]
     checkpoints: tuple[CheckpointLine, ...]  # oldest first
+    set_aside: Mapping[
+        str, int
+    ]  # bytes of each checkpoint that did not verify when the run was resumed
+    notices: tuple[Mapping[str, Any], ...]  # lines of notices.jsonl, oldest first
+    damage: str  # of metrics.jsonl or timings.jsonl; "" for none
     sizes: Mapping[str, int]  # bytes of each entry of the folder
     facts: Mapping[str, Any]  # run.json
 
@@ -61,11 +70,11 @@ def inspect_run(folder: str | Path) -> Inspection:
     paths = RunFolder(Path(folder))
     facts = read_facts(paths)
     view = read_view(folder)
-    sizes = {entry.name: _size(entry) for entry in sorted(paths.path.iterdir())}
-    lines = tuple(
-        CheckpointLine(step, ok, reason, _size(paths.checkpoints / f"{step:06d}"))
+    lines = [
+        CheckpointLine(step, ok, reason, _size(checkpoint.checkpoint_path(paths, step)))
         for step, ok, reason in checkpoint.verify(paths)
-    )
+    ]
+    there = checkpoint.steps(paths)  # a run under way deletes what it has newer ones for
     return Inspection(
         folder=paths.path,
         name=view.name,
@@ -73,10 +82,13 @@ def inspect_run(folder: str | Path) -> Inspection:
         seed=view.seed,
         rounds=max((record["round"] + 1 for record in view.records), default=0),
         planned=int(view.config.get("rounds", 0)),
-        is_running=is_locked(paths),
+        is_running=view.is_live,
         groups=tuple(_group_line(view, group) for group in view.groups),
-        checkpoints=lines,
-        sizes=sizes,
+        checkpoints=tuple(line for line in lines if line.rounds in there),
+        set_aside={name: _size(paths.checkpoints / name) for name in checkpoint.broken(paths)},
+        notices=tuple(read_notices(paths)),
+        damage=view.damage,
+        sizes={name: _size(paths.path / name) for name in names_in(paths.path)},
         facts=facts,
     )
 
@@ -90,27 +102,20 @@ def _group_line(view: RunView, group: GroupView) -> GroupLine:
 
 
 def _size(path: Path) -> int:
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return path.stat().st_size
-
-
-def is_locked(folder: RunFolder) -> bool:
-    """Say whether a process writes this run."""
-    # A holder says who it is; only then is the lock tried, which a writer that just starts could mind.
-    if not folder.lock.is_file() or not folder.lock.read_bytes():
-        return False
-    with folder.lock.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    """Count bytes; what a run under way deletes meanwhile counts nothing."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            return sum(_size(entry) for entry in path.iterdir())
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 def inspection_view(found: Inspection) -> RenderableType:
     """Draw an inspection for a terminal."""
-    state = "running" if found.is_running else "not running"
+    state = "not running"
+    if found.is_running:
+        state = "running: this is what it holds so far"
     head = Text.assemble(
         (found.name, "bold"), f"  {found.method}, seed {found.seed}\n",
         f"{found.rounds} of {found.planned} rounds recorded, {state}",
@@ -125,6 +130,10 @@ def inspection_view(found: Inspection) -> RenderableType:
     for line in found.checkpoints:
         verdict = Text("yes", "green") if line.verifies else Text(f"no: {line.reason}", "red")
         saved.add_row(str(line.rounds), numbers.size(line.size), verdict)
+    for name, size in found.set_aside.items():
+        saved.add_row(
+            Text(name), numbers.size(size), Text("no: set aside when the run was resumed", "red")
+        )
     files = _columns("file", "size")
     for name, size in found.sizes.items():
         files.add_row(Text(name), numbers.size(size))
@@ -135,8 +144,29 @@ def inspection_view(found: Inspection) -> RenderableType:
     for name, version in found.facts.get("versions", {}).items():
         facts.add_row(name, Text(str(version)))
     space = Text("")
-    saved = saved if found.checkpoints else Text("no checkpoints")
-    return Group(head, space, groups, space, saved, space, files, space, facts)
+    saved = saved if found.checkpoints or found.set_aside else Text("no checkpoints")
+    parts = [
+        head,
+        *([Text(found.damage, "red")] if found.damage else []),
+        space,
+        groups,
+        space,
+        saved,
+    ]
+    return Group(*parts, space, *_notices_view(found), files, space, facts)
+
+
+def _notices_view(found: Inspection) -> list[RenderableType]:
+    """Draw the last notices, if there are any."""
+    if not found.notices:
+        return []
+    last = found.notices[-MOST_NOTICES:]
+    table = _columns("when", f"last {len(last)} of {len(found.notices)} notices")
+    for line in last:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line.get("wall", 0)))
+        style = "yellow" if line.get("level") == "warning" else ""
+        table.add_row(when, Text(str(line["text"]), style))
+    return [table, Text("")]
 
 
 def _columns(*names: str) -> Table:

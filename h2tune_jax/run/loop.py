@@ -16,22 +16,24 @@ from typing import Any
 from h2tune_jax.method import FederatedMethod
 from h2tune_jax.run.catalog import build_method
 from h2tune_jax.run.config import config_digest, config_toml
-from h2tune_jax.run.events import Notice, Observer, tell
+from h2tune_jax.run.disk import RunError
+from h2tune_jax.run.events import Notice, Observer
 from h2tune_jax.run.federation import Federation, build_federation
 from h2tune_jax.run.folder import (
-    RunError,
     RunFolder,
     begin_folder,
     holds_run,
     lock_folder,
     read_facts,
 )
-from h2tune_jax.run.moments import score
+from h2tune_jax.run.moments import last_means, score
+from h2tune_jax.run.notices import announce
 from h2tune_jax.run.programs import Programs
 from h2tune_jax.run.records import plain
-from h2tune_jax.run.rounds import Call, Outcome, Rounds, RunResult, has_stalled, last_means
+from h2tune_jax.run.rounds import Call, Outcome, Rounds, RunResult
 from h2tune_jax.run.saving import resume_point
 from h2tune_jax.run.settings import RunConfig
+from h2tune_jax.run.stopping import has_stalled
 from h2tune_jax.run.worker import Worker
 
 __all__ = [
@@ -160,13 +162,13 @@ def run_rounds(
         the newest checkpoint in it. None writes nothing.
       observers: are told what happens.
       stop_request: see `StopRequest`.
-      notices: told first.
+      notices: announced first; see `run.notices`.
       programs: those of an earlier run of the same method, specs, bases and config, compiled already.
     """
     if programs is None:
         programs = Programs(method, federation.specs, federation.bases, federation.probe, config)
     for text in notices:
-        tell(tuple(observers), Notice(text, "warning"))
+        announce(folder, tuple(observers), Notice(text, "warning"), once=True)
     stop_before = lambda index: stop_request is not None and stop_request()
     with contextlib.ExitStack() as stack:
         worker = Worker()
@@ -187,14 +189,15 @@ def make_rounds(
     observers: Sequence[Observer],
     stop_before: Callable[[int], bool],
     at_most: int | None = None,
+    going_on: str | None = None,
 ) -> Rounds:
-    """Set a run up, its folder's lock held; `at_most` as in `resume_point`."""
+    """Set a run up, its folder's lock held; `at_most` as in `resume_point`, `going_on` as in `Rounds`."""
     found, digest = None, ""
     if folder is not None:
         digest = config_digest(config)
         found, said = resume_point(folder, digest, at_most)
-        for text in said:
-            tell(tuple(observers), Notice(text, "warning"))
+        for notice in said:
+            announce(folder, tuple(observers), notice)
     return Rounds(
         federation,
         config,
@@ -205,6 +208,7 @@ def make_rounds(
         found=found,
         observers=tuple(observers),
         stop_before=stop_before,
+        going_on=going_on,
     )
 
 

@@ -5,6 +5,7 @@ state. "newcomers": clients that never train in the run start, download, train f
 steps, and are tested; all on a copy.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -163,3 +164,20 @@ def score(record: dict[str, Any], metric: str, moment: str) -> float | None:
             return None
         means.append(sum(known) / len(known))
     return sum(means) / len(means) if means else None
+
+
+def last_means(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return the means over clients of the last test: by moment, group and metric."""
+    tests = next((r["evaluation"] for r in reversed(records) if "evaluation" in r), {})
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else None
+
+    return {
+        moment: {
+            name: {metric: mean(v) for metric, v in values.items() if metric != "clients"}
+            for name, values in cohorts.items()
+        }
+        for moment, cohorts in tests.items()
+    }

@@ -9,13 +9,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from h2tune_jax.run.folder import writing
+from h2tune_jax.run.disk import reading, sync_path, writing
 
 
 class Mark(NamedTuple):
@@ -59,6 +58,7 @@ class Log:
         with writing(path.name, path):
             if not path.exists():
                 path.touch()
+                sync_path(path.parent)
             # Unbuffered: what a full disk refused is not tried again on closing.
             self._file = path.open("r+b", buffering=0)
             head = self._file.read(keep)
@@ -91,29 +91,57 @@ class Log:
 
 
 def read_lines(path: Path, size: int | None = None) -> list[dict[str, Any]]:
-    """Read the records of a log, or of its first `size` bytes; a line cut short at the end is left out."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        data = file.read() if size is None else file.read(size)
-    return [json.loads(line) for line in _whole_lines(data)]
+    """Read the records of a log, or of its first `size` bytes, as far as `read_log` can."""
+    return read_log(path, size)[0]
 
 
-def _whole_lines(data: bytes) -> Iterator[bytes]:
-    *lines, rest = data.split(b"\n")
-    del rest  # empty, or a line that a kill cut short
-    return iter(lines)
+def read_log(path: Path, size: int | None = None) -> tuple[list[dict[str, Any]], str]:
+    """Read a log up to the first line that is damaged: -> (records, what is wrong, "" for nothing).
+
+    A line cut short at the end is no damage: it is being written, or a kill came.
+    """
+    records, reason = _parse(path, size)
+    if reason:  # a run that was resumed while this was read has cut its log back meanwhile
+        records, reason = _parse(path, size)
+    return records, reason
+
+
+def _parse(path: Path, size: int | None) -> tuple[list[dict[str, Any]], str]:
+    records = []
+    for number, line in enumerate(whole_lines(path, size), 1):
+        record = parse_line(line)
+        if record is None:
+            return records, f"line {number} of {path.name} is damaged, and what follows is left out"
+        records.append(record)
+    return records, ""
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return a line's record; None where it holds none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def whole_lines(path: Path, size: int | None = None) -> list[bytes]:
+    """Return the lines of a log, or of its first `size` bytes, without one cut short at the end."""
+    with reading(path.name, path):
+        try:
+            with path.open("rb") as file:
+                data = file.read() if size is None else file.read(size)
+        except FileNotFoundError:
+            return []
+    return data.split(b"\n")[:-1]
 
 
 def lines_size(path: Path, rounds: int) -> int:
     """Return the bytes of the lines whose round is below `rounds`, up to the first that is not."""
     size = 0
-    if path.is_file():
-        for line in _whole_lines(path.read_bytes()):
-            try:
-                if json.loads(line)["round"] >= rounds:
-                    break
-            except (ValueError, KeyError, TypeError):
-                break
-            size += len(line) + 1
+    for line in whole_lines(path):
+        record = parse_line(line)
+        if record is None or not isinstance(record.get("round"), int) or record["round"] >= rounds:
+            break
+        size += len(line) + 1
     return size

@@ -5,7 +5,7 @@ run can be driven alone, and many in step (`run.loop`).
 """
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +21,15 @@ from h2tune_jax.run.events import Finished, Notice, Observer, RoundDone, Started
 from h2tune_jax.run.federation import Federation, client_weights
 from h2tune_jax.run.feed import Feed
 from h2tune_jax.run.folder import RunFolder
-from h2tune_jax.run.moments import Tested, Tests, read_tests, run_tests, score
+from h2tune_jax.run.moments import Tested, Tests, last_means, read_tests, run_tests, score
+from h2tune_jax.run.notices import announce
 from h2tune_jax.run.programs import Programs, copy_tree
 from h2tune_jax.run.records import Log, lines_size, plain, read_lines
 from h2tune_jax.run.row_store import RowStore
-from h2tune_jax.run.sampling import Participants, in_training, participants
+from h2tune_jax.run.sampling import Participants, check_schedule, in_training, participants
 from h2tune_jax.run.saving import Saver
-from h2tune_jax.run.settings import RunConfig, StopConfig
+from h2tune_jax.run.settings import RunConfig
+from h2tune_jax.run.stopping import stops_early
 from h2tune_jax.run.store import DeviceStore, Frozen, Store
 from h2tune_jax.run.worker import Worker
 from h2tune_jax.types import ClientData, FederationError, RoundState
@@ -90,6 +92,7 @@ class Rounds:
       found: the checkpoint to go on from, or None.
       observers: are told what happens.
       stop_before: asked with the number of the round that would come next.
+      going_on: told to who interrupts it: how it goes on; None means by `h2tune run --resume`.
     """
 
     def __init__(
@@ -104,14 +107,17 @@ class Rounds:
         found: Checkpoint | None,
         observers: tuple[Observer, ...],
         stop_before: Callable[[int], bool],
+        going_on: str | None = None,
     ):
         self.config, self.federation, self.programs = config, federation, programs
         self.worker, self.folder, self.observers = worker, folder, observers
         self._digest, self._found, self._stop_before = config_digest, found, stop_before
+        self._going_on = going_on
         self._names = tuple(spec.name for spec in programs.specs)
         counts = tuple(spec.num_clients for spec in programs.specs)
         newcomers = config.evaluation.newcomers
         self._training = in_training(counts, newcomers.count if newcomers else 0, self._names)
+        check_schedule(config.sampling, self._names, self._training)
         self._newcomers = None
         if newcomers is not None:
             self._newcomers = tuple(
@@ -136,8 +142,10 @@ class Rounds:
             self.store = RowStore(programs, worker, folder, in_files=in_files)
 
         self.records: list[dict[str, Any]] = []
+        self._left_out: set[str] = set()  # groups of which it was said that results were left out
         self._logs: tuple[Log, Log] | None = None
         self._saver: Saver | None = None
+        self._whence = ""  # what is said of where it goes on
         self._clock = 0.0
 
     def close(self) -> None:
@@ -160,7 +168,11 @@ class Rounds:
             keep = found.meta["metrics_size"]
             keep_timings = lines_size(self.folder.timings, found.step)
             self.records = read_lines(self.folder.metrics, keep)
+            self._whence = f"goes on from the checkpoint of round {found.step}"
         else:
+            logs = () if self.folder is None else (self.folder.metrics, self.folder.timings)
+            if any(map(read_lines, logs)):
+                self._whence = "has no checkpoint to go on from: begins again with the first round"
             self._server = self.programs.start_server()
             self.store.begin(self._server)
         if self.folder is not None:
@@ -173,6 +185,7 @@ class Rounds:
                 self.store,
                 self._logs,
             )
+        self._left_out |= {name for record in self.records for name in _rejecting(record)}
         return 0 if found is None else found.step
 
     # One round after the other
@@ -185,8 +198,10 @@ class Rounds:
         self._clock = time.perf_counter()
         reason, done = "complete", first
         round_number = self.programs.place(np.asarray(first, np.int32))
-        if self._stops():
+        if stops_early(self.records, self.config):
             reason, total = "early stop", first
+        if self._whence and first < total:
+            self._say(self._whence)
         if first == 0 and self.config.evaluation.before:
             self._flush(_Pending(-1, self._draw(0), None, self._test_now(round_number, 0), None))
 
@@ -219,7 +234,7 @@ class Rounds:
                 # Whether there is a next round is in these metrics.
                 self._flush(pending, save)
                 pending = save = None
-                if self._stops():
+                if stops_early(self.records, self.config):
                     reason = "complete" if is_last else "early stop"
                     break
         if pending is not None:
@@ -263,13 +278,8 @@ class Rounds:
             self._train,
         )
 
-    def _stops(self) -> bool:
-        stop = self.config.stop
-        if stop is None:
-            return False
-        moment = self.config.evaluation.moments[0]
-        scores = [score(r, stop.metric, moment) for r in self.records if "evaluation" in r]
-        return has_stalled(scores, stop)
+    def _say(self, text: str, level: str = "info") -> None:
+        announce(self.folder, self.observers, Notice(text, level))
 
     # What a round leaves behind
 
@@ -290,6 +300,7 @@ class Rounds:
             for log, line in zip(self._logs, (record, timing)):
                 log.append(line)
         tell(self.observers, RoundDone(record, timing))
+        self._say_who_is_left_out(record)
         if save is not None:
             self._save(save)
         self._tell_saved()
@@ -323,6 +334,17 @@ class Rounds:
             record["evaluation"] = read_tests(pending.tests)
         return record
 
+    def _say_who_is_left_out(self, record: dict[str, Any]) -> None:
+        for name, count in _rejecting(record).items():
+            if name not in self._left_out:
+                self._left_out.add(name)
+                self._say(
+                    f"group {name!r}: {count} of {len(record['cohorts'][name]['clients'])} results of "
+                    f"round {record['round']} are not finite, and were left out; this is said once, "
+                    "metrics.jsonl counts them under 'rejected'",
+                    "warning",
+                )
+
     def _freeze(self, done: int) -> "_Save | None":
         if self._saver is None:
             return None
@@ -352,9 +374,9 @@ class Rounds:
             self.worker.submit(lambda: None).result()  # behind everything else
             self._tell_saved()
             if reason == "interrupted":
-                resume = f"h2tune run {self.folder.config} --out {path} --resume"
-                tell(
-                    self.observers, Notice(f"interrupted after {done} rounds; go on with: {resume}")
+                command = f"h2tune run {self.folder.config} --out {path} --resume"
+                self._say(
+                    f"interrupted after {done} rounds; go on with: {self._going_on or command}"
                 )
         self.worker.check()
         clients = (None,) * len(self.programs.specs)
@@ -365,31 +387,7 @@ class Rounds:
         return RunResult(self.config, path, state, self.records, reason, last_means(self.records))
 
 
-def has_stalled(scores: Sequence[float | None], stop: StopConfig) -> bool:
-    """Say whether the last `patience` scores have not got better than the best before by `min_delta`."""
-    sign = 1 if stop.mode == "max" else -1
-    best, waited = None, 0
-    for value in scores:
-        gained = None if value is None else sign * value
-        if gained is not None and (best is None or gained > best + stop.min_delta):
-            best, waited = gained, 0
-        else:
-            waited += 1
-    return waited >= stop.patience
-
-
-def last_means(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return the means over clients of the last test: by moment, group and metric."""
-    tests = next((r["evaluation"] for r in reversed(records) if "evaluation" in r), {})
-
-    def mean(values: Sequence[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known else None
-
-    return {
-        moment: {
-            name: {metric: mean(v) for metric, v in values.items() if metric != "clients"}
-            for name, values in cohorts.items()
-        }
-        for moment, cohorts in tests.items()
-    }
+def _rejecting(record: dict[str, Any]) -> dict[str, int]:
+    """Return the groups of which a round left out results, and how many."""
+    counts = {name: seen.get("rejected", 0) for name, seen in record["cohorts"].items()}
+    return {name: count for name, count in counts.items() if count}

@@ -15,7 +15,8 @@ import numpy as np
 
 from h2tune_jax.run import checkpoint
 from h2tune_jax.run.checkpoint import Arrays
-from h2tune_jax.run.folder import RunError, RunFolder
+from h2tune_jax.run.disk import RunError
+from h2tune_jax.run.folder import RunFolder
 from h2tune_jax.run.programs import Programs, put_rows
 from h2tune_jax.run.records import Mark
 from h2tune_jax.run.rows import (
@@ -275,6 +276,8 @@ def read_clients(
       ids: whom; None means all that the checkpoint holds. Clients that never trained are not held by the
         stores "host" and "file" (they are a function of the seed), and are left out.
       step: rounds done; None means the newest checkpoint that verifies.
+
+    Raises `Gone` where a run under way has deleted rows meanwhile: read again.
     """
     folder = folder if isinstance(folder, RunFolder) else RunFolder(Path(folder))
     return clients_of(folder, *checkpoint.read_arrays(folder, step), cohort, ids)

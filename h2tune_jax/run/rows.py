@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from h2tune_jax.run.folder import writing
+from h2tune_jax.run.disk import Gone, make_folder, reading, sync_path, writing
 from h2tune_jax.run.records import Mark
 from h2tune_jax.types import PyTree
 
@@ -128,7 +128,7 @@ class Segments:
         path, digest, size = self.path(segment), hashlib.sha256(), 0
         with writing("clients' states", path):
             try:
-                self.home.mkdir(parents=True, exist_ok=True)
+                make_folder(self.home)
                 with path.open("xb", buffering=0) as file:
                     for row in rows:
                         left = row.data
@@ -137,6 +137,7 @@ class Segments:
                         digest.update(row.data)
                         size += row.nbytes
                     os.fsync(file.fileno())
+                sync_path(self.home)
             except BaseException:
                 path.unlink(missing_ok=True)
                 raise
@@ -146,7 +147,10 @@ class Segments:
     def read(
         self, places: Sequence[tuple[int, Location]]
     ) -> Iterable[tuple[int, np.ndarray]]:  # (place, a view of its row)
-        """Read rows through memory maps that last no longer than the reading."""
+        """Read rows through memory maps that last no longer than the reading.
+
+        Raises `Gone` where a segment is no longer there.
+        """
         by_segment: dict[int, list[tuple[int, int]]] = {}
         for place, (segment, row) in places:
             by_segment.setdefault(segment, []).append((place, row))
@@ -154,9 +158,17 @@ class Segments:
             if not self._row_bytes:  # there is nothing that could be mapped
                 yield from ((place, np.empty(0, np.uint8)) for place, _ in wanted)
                 continue
-            rows = np.memmap(self.path(segment), np.uint8, "r").reshape(-1, self._row_bytes)
+            rows = self._map(segment)
             for place, row in wanted:
                 yield place, rows[row]
+
+    def _map(self, segment: int) -> np.ndarray:  # u8[rows, row_bytes]
+        path = self.path(segment)
+        with reading("clients' states", path):
+            try:
+                return np.memmap(path, np.uint8, "r").reshape(-1, self._row_bytes)
+            except FileNotFoundError:
+                raise Gone(f"{path} is no longer there: its run has gone on; try again") from None
 
     def keep(self, names: set[str]) -> None:
         """Delete every segment but those of these names, unknown ones included."""

@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 
 from h2tune_jax.run.settings import SamplingConfig
-from h2tune_jax.types import FederationError
+from h2tune_jax.types import FederationError, near_match
 
 Participants = tuple[np.ndarray, ...]
 """i32[S] a cohort, ascending: the ids of those who take part."""
@@ -22,6 +22,26 @@ def in_training(counts: tuple[int, ...], newcomers: int, names: tuple[str, ...])
     return tuple(count - newcomers for count in counts)
 
 
+def check_schedule(
+    sampling: SamplingConfig, names: tuple[str, ...], counts: tuple[int, ...]
+) -> None:
+    """Refuse a schedule that names anybody but the first `counts` clients of each cohort."""
+    for index, chosen in enumerate(sampling.schedule or ()):
+        for client in chosen:
+            name, _, place = client.rpartition("/")
+            if name not in names or not place.isdecimal():
+                raise FederationError(
+                    f"sampling.schedule: round {index} names {client!r}, which is no client; "
+                    f"{near_match(name, names)}"
+                )
+            count = counts[names.index(name)]
+            if int(place) >= count:
+                raise FederationError(
+                    f"sampling.schedule: round {index} names {client}, but only the first {count} "
+                    f"clients of group {name!r} train: the others are newcomers, or not there"
+                )
+
+
 def participants(
     sampling: SamplingConfig,
     *,
@@ -34,7 +54,7 @@ def participants(
     """Draw a round's participants, so many of each cohort in every round (but by schedule).
 
     Args:
-      sampling: how.
+      sampling: how; a schedule has passed `check_schedule`.
       names: of the cohorts; each draws for itself, whoever stands beside it.
       counts: how many clients of each cohort may be drawn: ids from 0 on.
       weights: f32[C] a cohort, for kind "weight": chances in proportion, without replacement, so clients
@@ -46,7 +66,7 @@ def participants(
         return tuple(np.arange(count, dtype=np.int32) for count in counts)
     if sampling.kind == "schedule":
         assert sampling.schedule is not None  # the settings see to it
-        return _scheduled(sampling.schedule[round_index % len(sampling.schedule)], names, counts)
+        return _scheduled(sampling.schedule[round_index % len(sampling.schedule)], names)
     chosen = []
     for name, count, weight in zip(names, counts, weights):
         size = _size(sampling, count)
@@ -76,17 +96,9 @@ def _uniform(seed: int, round_index: int, name: str, count: int) -> np.ndarray:
     return (np.asarray(bits.random_raw(count)) >> np.uint64(11)) * 2.0**-53
 
 
-def _scheduled(
-    chosen: tuple[str, ...], names: tuple[str, ...], counts: tuple[int, ...]
-) -> Participants:
+def _scheduled(chosen: tuple[str, ...], names: tuple[str, ...]) -> Participants:
     ids: dict[str, list[int]] = {name: [] for name in names}
     for client in chosen:
         name, _, place = client.rpartition("/")
         ids[name].append(int(place))
-    for name, count in zip(names, counts):
-        if any(place >= count for place in ids[name]):
-            raise FederationError(
-                f"sampling.schedule names {name}/{max(ids[name])}, but only the first {count} clients of "
-                f"group {name!r} train: the others are newcomers"
-            )
     return tuple(np.asarray(sorted(set(ids[name])), np.int32) for name in names)

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from h2tune_jax.run import checkpoint
+from h2tune_jax.run import checkpoint, write_checkpoint
 from h2tune_jax.run.checkpoint import Checkpoint
-from h2tune_jax.run.events import Saved
+from h2tune_jax.run.disk import RunError
+from h2tune_jax.run.events import Notice, Saved
 from h2tune_jax.run.folder import RunFolder
 from h2tune_jax.run.records import Log, Mark
 from h2tune_jax.run.settings import CheckpointConfig
@@ -38,27 +39,45 @@ def choose_kept(kept: Mapping[int, Kept], config: CheckpointConfig) -> set[int]:
 
 def resume_point(
     folder: RunFolder, config_digest: str, at_most: int | None = None
-) -> tuple[Checkpoint | None, list[str]]:
+) -> tuple[Checkpoint | None, list[Notice]]:
     """Find where a run goes on, and put what is damaged out of the way: -> (checkpoint, what was done).
 
-    With `at_most`, later checkpoints are given up: they will be written again.
+    With `at_most`, later checkpoints are given up: they will be written again. None where there are no
+    checkpoints (or none up to `at_most`): the run begins.
+
+    Raises `RunError`, and has changed nothing then, where a checkpoint cannot be read for a reason that
+    lies in the machine, and where there are checkpoints of which none verifies: whether to begin anew,
+    and to lose what they held, is for people to say.
     """
-    checkpoint.tidy(folder)
-    if at_most is not None:
-        checkpoint.prune(folder, [step for step in checkpoint.steps(folder) if step <= at_most])
-    found, skipped = checkpoint.restore_newest(folder, config_digest)
-    bad = checkpoint.steps(folder)
-    if found is not None:
-        bad = [step for step in bad if step > found.step]
-    for step in bad:
-        checkpoint.set_aside(folder, step)
-    notices = [f"{text}; it was set aside" for text in skipped]
-    if skipped and found is None:
-        notices.append(
-            "no checkpoint verifies: the run begins anew, and repeats what it had computed"
+    found, skipped = checkpoint.restore_newest(folder, config_digest, at_most)
+    if found is None and skipped:
+        raise RunError(
+            f"{folder.path} has checkpoints, and none of them verifies: {'; '.join(skipped)}. Nothing "
+            "was changed. To begin anew, choose another folder (--out), or move "
+            f"{folder.checkpoints} away and resume, which computes everything again"
         )
-    elif skipped and found is not None:
-        notices.append(f"goes on from the checkpoint of round {found.step}")
+    held = checkpoint.steps(folder)[::-1]  # newest first, as `skipped`
+    later = [step for step in held if at_most is not None and step > at_most]
+    whys = {step: checkpoint.find_damage(folder, step) for step in later}
+    given_up = [step for step, why in whys.items() if why is None]
+    damaged = {step: why for step, why in whys.items() if why is not None}
+    if found is not None:
+        passed = [step for step in held if found.step < step and step not in later]
+        damaged |= dict(zip(passed, skipped, strict=True))
+
+    notices = []
+    for step in write_checkpoint.tidy(folder):
+        text = (
+            f"the checkpoint of round {step} was being written when the run ended; it is left out"
+        )
+        notices.append(Notice(text))
+    for step, reason in damaged.items():
+        name = write_checkpoint.set_aside(folder, step)
+        notices.append(Notice(f"{reason}; it was set aside as {name}", "warning"))
+    if given_up:
+        write_checkpoint.prune(folder, set(held) - set(given_up))
+        text = f"gives up the checkpoint of round {', '.join(map(str, given_up))}, to go on in step"
+        notices.append(Notice(f"{text} with the other seeds"))
     return found, notices
 
 
@@ -142,10 +161,10 @@ class Saver:
             **part.meta,
         }
         beside = {self._folder.metrics.name: metrics, **part.beside}
-        size = checkpoint.save(self._folder, step, arrays, meta, beside)
+        size = write_checkpoint.save(self._folder, step, arrays, meta, beside)
         self._kept[step] = Kept(metric, frozenset(part.beside))
         stay = choose_kept(self._kept, self._config)
-        checkpoint.prune(self._folder, stay)
+        stay |= write_checkpoint.prune(self._folder, stay)  # with the rows that they need
         self._kept = {step: entry for step, entry in self._kept.items() if step in stay}
         self._store.collect(self._needed())
         self._saved.append(Saved(step, time.perf_counter() - began, size))

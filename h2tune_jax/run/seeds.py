@@ -20,16 +20,21 @@ import numpy as np
 from h2tune_jax.method import FederatedMethod
 from h2tune_jax.run import checkpoint
 from h2tune_jax.run.catalog import build_method
-from h2tune_jax.run.events import Notice, Observer, tell
+from h2tune_jax.run.events import Notice, Observer
 from h2tune_jax.run.federation import Federation, build_federation
 from h2tune_jax.run.loop import StopRequest, drive, make_rounds, open_folder, run_one
-from h2tune_jax.run.moments import score
+from h2tune_jax.run.notices import announce
 from h2tune_jax.run.programs import Programs
-from h2tune_jax.run.records import read_lines
-from h2tune_jax.run.rounds import Call, Outcome, RunResult, has_stalled
+from h2tune_jax.run.rounds import Call, Outcome, RunResult
 from h2tune_jax.run.settings import RunConfig
+from h2tune_jax.run.stopping import is_finished
 from h2tune_jax.run.worker import Worker
 from h2tune_jax.types import FederationError, PyTree, RoundState
+
+APART = (
+    "the seeds have no checkpoint of one round that verifies for all of them: each goes on from its own, "
+    "and may differ in the last bits from a set that was not interrupted"
+)
 
 
 def simulate_seeds(
@@ -74,17 +79,19 @@ def simulate_seeds(
         ]
         if federations is None:
             federations = _build_all(configs)
-        apart = why_apart(federations)
-        if apart is not None:
-            raise FederationError(apart)
+        reason = why_apart(federations)
+        if reason is not None:
+            raise FederationError(reason)
         folders = []
         for begin, federation, told in zip(begins, federations, watching):
             folder, said = begin(federation, together=list(seeds))
             for text in said:
-                tell(told, Notice(text, "warning"))
+                announce(folder, told, Notice(text, "warning"), once=True)
             folders.append(folder)
-        common = _common_round(config, homes)
-        give_up = [_given_up(config, home, common) for home in homes]
+        give_up, apart = meeting_points(configs, homes)
+        for folder, told in zip(folders, watching):
+            if apart:
+                announce(folder, told, Notice(APART, "warning"))
 
         first = federations[0]
         if programs is None:
@@ -94,12 +101,15 @@ def simulate_seeds(
             for own, federation in zip(configs, federations)
         ]
         stops = _same_answer(stop_request)
+        going_on = f"the same seeds together ({', '.join(map(str, seeds))})"
         worker, rounds = Worker(), []
         stack.callback(worker.close)
         for lane, own, federation, folder, told, at_most in zip(
             lanes, configs, federations, folders, watching, give_up
         ):
-            made = make_rounds(federation, own, lane, worker, folder, told, stops, at_most)
+            made = make_rounds(
+                federation, own, lane, worker, folder, told, stops, at_most, going_on
+            )
             stack.callback(made.close)
             rounds.append(made)
         stack.callback(worker.close)  # called first: what is queued writes to the logs
@@ -143,49 +153,55 @@ def _equal(one: PyTree, other: PyTree) -> bool:
     return all(a is b or np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
 
 
-def _common_round(config: RunConfig, homes: Sequence[Path | None]) -> int | None:
-    """Return the checkpoint that all unfinished seeds go on from, so that they stay in step.
+def meeting_points(
+    configs: Sequence[RunConfig], homes: Sequence[Path | None]
+) -> tuple[list[int | None], bool]:
+    """Find where seeds go on in step: -> (for each the round whose later checkpoints it gives up, apart).
 
-    A kill between the saves of two seeds leaves one of them a checkpoint ahead. None where they are
-    further apart: then those behind catch up by themselves.
+    A kill between the saves of two seeds leaves one of them a checkpoint ahead, and damage leaves one
+    behind: they meet at the newest round of which all unfinished seeds have a checkpoint that verifies.
+    Where there is none they are apart: each keeps what it has, and those behind catch up by themselves.
+    A finished seed goes back only to a checkpoint that it has, else it keeps all (None): it never
+    begins anew.
     """
-    newest, held = [], []
-    for home in homes:
-        steps = [] if home is None else checkpoint.steps(home)
-        if home is not None and steps and not _is_finished(config, home, steps[-1]):
-            newest.append(steps[-1])
-            held.append(steps)
-        elif not steps:
-            newest.append(0)
-            held.append([0])
-    if not newest:
-        return None
-    common = min(newest)
-    if common == 0:
-        return 0 if max(newest) <= config.checkpoints.every else None
-    return common if all(common in steps for steps in held) else None
+    held = [[] if home is None else checkpoint.steps(home) for home in homes]
+    finished = [
+        home is not None and bool(steps) and is_finished(home, config)
+        for config, home, steps in zip(configs, homes, held)
+    ]
+    pending = [(home, steps) for home, steps, is_done in zip(homes, held, finished) if not is_done]
+    shared = set.intersection(*(set(steps) for _, steps in pending)) if pending else set()
+    common = next((s for s in sorted(shared, reverse=True) if _verify_all(pending, s)), None)
+    if common is None and _may_begin_again(pending, configs[0].checkpoints.every):
+        common = 0
 
-
-def _given_up(config: RunConfig, home: Path | None, common: int | None) -> int | None:
-    """Return the round whose later checkpoints a seed gives up, to go on in step; None: it keeps all.
-
-    A finished seed goes back only to a checkpoint that it has: it never begins anew.
-    """
-    steps = [] if home is None else checkpoint.steps(home)
-    if home is None or not steps or common is None:
+    def point(home: Path | None, steps: list[int], is_done: bool) -> int | None:
+        if not is_done or home is None or common is None:
+            return common
+        if common not in steps or checkpoint.find_damage(home, common) is not None:
+            return None
         return common
-    if _is_finished(config, home, steps[-1]) and common not in steps:
-        return None
-    return common
+
+    points = [point(*each) for each in zip(homes, held, finished)]
+    return points, common is None and bool(pending)
 
 
-def _is_finished(config: RunConfig, home: Path, step: int) -> bool:
-    if step == config.rounds or config.stop is None:
-        return step == config.rounds
-    moment, metric = config.evaluation.moments[0], config.stop.metric
-    records = [r for r in read_lines(home / "metrics.jsonl") if r["round"] < step]
-    scores = [score(r, metric, moment) for r in records if "evaluation" in r]
-    return has_stalled(scores, config.stop)
+_Held = tuple[Path | None, list[int]]
+
+
+def _verify_all(pending: Sequence[_Held], step: int) -> bool:
+    return all(home is None or checkpoint.find_damage(home, step) is None for home, _ in pending)
+
+
+def _may_begin_again(pending: Sequence[_Held], every: int) -> bool:
+    """Say whether a seed has no checkpoint yet, and the others no more than their first, unharmed."""
+    if all(steps for _, steps in pending):
+        return False
+    first = [(home, steps) for home, steps in pending if steps]
+    return all(
+        steps[-1] <= every and home is not None and checkpoint.find_damage(home, steps[-1]) is None
+        for home, steps in first
+    )
 
 
 def _same_answer(stop_request: StopRequest | None) -> Callable[[int], bool]:

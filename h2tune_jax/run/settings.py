@@ -269,14 +269,7 @@ class RunConfig(Settings):
                     f"{new.count} newcomers leave none of the {group.count} clients of group "
                     f"{group.name!r} to train",
                 )
-        clients = [name for group in self.groups for name in group.client_names]
-        for i, chosen in enumerate(self.sampling.schedule or ()):
-            for name in chosen:
-                if name not in clients:
-                    raise refuse(
-                        "sampling.schedule",
-                        f"round {i} names client {name!r}; {near_match(name, clients[:20])}",
-                    )
+        self._check_schedule()
         if self.evaluation.split == "validation":
             for i, group in enumerate(self.groups):
                 if not group.task.validation:
@@ -288,6 +281,29 @@ class RunConfig(Settings):
         for field in ("checkpoints", "stop"):
             self._settle_metric(field, shared)
         return self
+
+    def _check_schedule(self) -> None:
+        """Refuse a schedule that names somebody who cannot take part."""
+        if self.sampling.schedule is None:
+            return
+        new = self.evaluation.newcomers
+        first_new = lambda group: group.count - (0 if new is None else new.count)
+        known = {
+            name: place < first_new(group)
+            for group in self.groups
+            for place, name in enumerate(group.client_names)
+        }
+        for i, chosen in enumerate(self.sampling.schedule):
+            for name in chosen:
+                if name not in known:
+                    hint = near_match(name, list(known)[:20])
+                    raise refuse("sampling.schedule", f"round {i} names client {name!r}; {hint}")
+                if not known[name]:
+                    raise refuse(
+                        "sampling.schedule",
+                        f"round {i} names client {name!r}, a newcomer, who never takes part "
+                        "(evaluation.newcomers)",
+                    )
 
     def _settle_metric(self, field: str, shared: set[str]) -> None:
         """Fill in a metric that was not named; refuse one that some group does not report."""

@@ -1,15 +1,18 @@
 """Checkpoints: what comes back, what is noticed, and what a full disk leaves."""
 
-import contextlib
+import errno
 import json
+import os
 import shutil
-import subprocess
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from run_folders import small_disk
 
-from h2tune_jax.run import checkpoint
+from h2tune_jax.run import checkpoint, disk, write_checkpoint
+from h2tune_jax.run.flat import json_digest
 from h2tune_jax.run.folder import RunError, RunFolder
 from h2tune_jax.run.records import Mark
 from h2tune_jax.types import RoundState
@@ -58,7 +61,7 @@ HOW = ("truncated", "emptied", "deleted", "flipped")
 
 
 def test_every_kind_of_array_comes_back_bit_for_bit(folder):
-    size = checkpoint.save(folder, 3, arrays(), {"metric": 0.1})
+    size = write_checkpoint.save(folder, 3, arrays(), {"metric": 0.1})
     assert size > 0
     found, meta = checkpoint.read_arrays(folder.path)
     assert_same(found, arrays())
@@ -67,24 +70,24 @@ def test_every_kind_of_array_comes_back_bit_for_bit(folder):
 
 @pytest.mark.parametrize("held", [{}, {".none": np.zeros((0, 2), np.float32)}])
 def test_a_state_without_elements_is_a_checkpoint_too(folder, held):
-    checkpoint.save(folder, 1, held, {})
+    write_checkpoint.save(folder, 1, held, {})
     assert_same(checkpoint.read_arrays(folder)[0], held)
 
 
 def test_the_newest_counts_and_a_step_can_be_named(folder):
     for step in (2, 10, 9):
-        checkpoint.save(folder, step, arrays(step), {})
+        write_checkpoint.save(folder, step, arrays(step), {})
     assert checkpoint.steps(folder) == [2, 9, 10]
     assert_same(checkpoint.read_arrays(folder)[0], arrays(10))
     assert_same(checkpoint.read_arrays(folder, 2)[0], arrays(2))
-    with pytest.raises(RunError, match="has no checkpoint that can be read: round 5"):
+    with pytest.raises(RunError, match="that can be read: the checkpoint of round 5 is not there"):
         checkpoint.read_arrays(folder, 5)
 
 
 @pytest.mark.parametrize("how", HOW)
 def test_damage_to_any_file_is_noticed_and_the_one_before_is_read(folder, how):
-    checkpoint.save(folder, 1, arrays(1), {})
-    checkpoint.save(folder, 2, arrays(2), {})
+    write_checkpoint.save(folder, 1, arrays(1), {})
+    write_checkpoint.save(folder, 2, arrays(2), {})
     newest = folder.checkpoints / "000002"
     backup = folder.path / "backup"
     shutil.copytree(newest, backup)
@@ -109,15 +112,15 @@ def test_damage_to_any_file_is_noticed_and_the_one_before_is_read(folder, how):
 
 def test_arrays_are_judged_by_digests_of_their_own(folder, monkeypatch):
     """Whatever Orbax gives back: files that are whole do not vouch for it."""
-    checkpoint.save(folder, 1, arrays(), {})
-    read = checkpoint._orbax_restore
+    write_checkpoint.save(folder, 1, arrays(), {})
+    read = checkpoint.restore_arrays
 
     def flip(path, names):
         found = read(path, names)
         found[".server.middle"][0, 0] += 1e-7
         return found
 
-    monkeypatch.setattr(checkpoint, "_orbax_restore", flip)
+    monkeypatch.setattr(checkpoint, "restore_arrays", flip)
     assert checkpoint.verify(folder) == [(1, False, ".server.middle is not what was written")]
 
 
@@ -127,7 +130,7 @@ def test_files_beside_a_checkpoint_belong_to_it(folder, how):
     log = folder.path / "metrics.jsonl"
     log.write_bytes(b"one\ntwo\n")
     marks = {"metrics.jsonl": Mark(8, checkpoint.file_digest(log))}
-    checkpoint.save(folder, 1, arrays(), {}, marks)
+    write_checkpoint.save(folder, 1, arrays(), {}, marks)
     log.write_bytes(b"one\ntwo\nthree\n")
     assert checkpoint.verify(folder) == [(1, True, "")]
     damage(log, how)
@@ -139,13 +142,13 @@ def test_files_beside_a_checkpoint_belong_to_it(folder, how):
 
 
 def test_a_newer_format_is_refused_not_skipped(folder):
-    checkpoint.save(folder, 1, arrays(), {})
-    checkpoint.save(folder, 2, arrays(), {})
+    write_checkpoint.save(folder, 1, arrays(), {})
+    write_checkpoint.save(folder, 2, arrays(), {})
     path = folder.checkpoints / "000002" / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["digest"]
     manifest["format"] = 99
-    manifest["digest"] = checkpoint._json_digest(manifest)
+    manifest["digest"] = json_digest(manifest)
     path.write_text(json.dumps(manifest))
     with pytest.raises(RunError, match=r"format 99; this version reads up to 1: update h2tune-jax"):
         checkpoint.restore_newest(folder)
@@ -153,7 +156,7 @@ def test_a_newer_format_is_refused_not_skipped(folder):
 
 
 def test_another_configs_checkpoint_is_refused_not_skipped(folder):
-    checkpoint.save(folder, 1, arrays(), {"config_digest": "abc"})
+    write_checkpoint.save(folder, 1, arrays(), {"config_digest": "abc"})
     with pytest.raises(RunError, match="checkpoint of another config"):
         checkpoint.restore_newest(folder, "xyz")
     assert checkpoint.verify(folder) == [(1, True, "")]
@@ -163,7 +166,7 @@ def test_state_goes_back_into_its_tree_and_nowhere_else(folder):
     state = RoundState(jnp.int32(4), {"w": jnp.ones((2, 3))}, ((), [jnp.zeros(5, jnp.bfloat16)]))
     flat = {path: np.asarray(leaf) for path, leaf in checkpoint.flatten(state).items()}
     assert set(flat) == {".round", ".server['w']", ".clients[1][0]"}
-    checkpoint.save(folder, 4, flat, {"metric": None})
+    write_checkpoint.save(folder, 4, flat, {"metric": None})
     found, meta, skipped = checkpoint.restore_state(folder.path, state)
     assert checkpoint.state_digest(found) == checkpoint.state_digest(state)
     assert (meta["round"], skipped) == (4, [])
@@ -188,44 +191,143 @@ def test_digests_tell_type_shape_and_path_apart():
 
 
 def test_leftovers_of_a_kill_are_no_checkpoints(folder):
-    checkpoint.save(folder, 1, arrays(), {})
+    write_checkpoint.save(folder, 1, arrays(), {})
     (folder.checkpoints / ".writing-000002").mkdir()
     (folder.checkpoints / ".writing-000002" / "manifest.json").write_text("{")
     (folder.checkpoints / "broken-000003").mkdir()
     assert checkpoint.steps(folder) == [1]
-    checkpoint.tidy(folder)
+    assert checkpoint.broken(folder) == ["broken-000003"]
+    assert write_checkpoint.tidy(folder) == [2]
     names = sorted(path.name for path in folder.checkpoints.iterdir())
     assert names == ["000001", "broken-000003"]
-    checkpoint.save(folder, 3, arrays(), {})  # a good one takes the broken one's place
-    checkpoint.prune(folder, [3])
+    write_checkpoint.save(folder, 3, arrays(), {})  # a good one takes the broken one's place
+    write_checkpoint.prune(folder, [3])
     assert [path.name for path in folder.checkpoints.iterdir()] == ["000003"]
 
 
-@contextlib.contextmanager
-def small_disk(path, size="600k"):
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
-
-
 def test_a_full_disk_is_said_and_costs_nothing_that_was_there(tmp_path, capfd):
-    with small_disk(tmp_path / "disk"):
+    with small_disk(tmp_path / "disk", "600k"):
         folder = RunFolder(tmp_path / "disk" / "run")
-        checkpoint.save(folder, 1, arrays(), {})
+        write_checkpoint.save(folder, 1, arrays(), {})
         big = {".big": np.random.default_rng(0).integers(0, 255, 1_000_000, np.uint8)}
         with pytest.raises(
             RunError, match=r"round 2 cannot be written to .*000002: No space left"
         ) as e:
-            checkpoint.save(folder, 2, big, {})
+            write_checkpoint.save(folder, 2, big, {})
         assert "make room and resume" in str(e.value)
         assert [path.name for path in folder.checkpoints.iterdir()] == ["000001"]
         assert_same(checkpoint.read_arrays(folder)[0], arrays())
-        checkpoint.save(folder, 2, arrays(2), {})  # there is room again
+        write_checkpoint.save(folder, 2, arrays(2), {})  # there is room again
     assert "Traceback" not in capfd.readouterr().err
+
+
+def refused(code):
+    return OSError(code, os.strerror(code))
+
+
+PASSING = [
+    *((place, refused(code)) for place in ("read_bytes", "file_digest", "restore_arrays")
+      for code in (errno.EMFILE, errno.EIO, errno.EACCES, errno.ENOMEM)),
+    *((place, MemoryError()) for place in ("read_bytes", "file_digest", "restore_arrays")),
+    ("restore_arrays", ValueError("RESOURCE_EXHAUSTED: [os_error_code='24']")),
+    ("listdir", refused(errno.EIO)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "error"), PASSING, ids=lambda value: repr(value))
+def test_what_the_machine_refuses_is_an_error_and_no_damage(folder, monkeypatch, place, error):
+    """It is gone as it came, and the newest checkpoint counts again."""
+    write_checkpoint.save(folder, 1, arrays(1), {})
+    write_checkpoint.save(folder, 2, arrays(2), {})
+
+    def fail(*args, **options):
+        raise error
+
+    owner = {"read_bytes": Path, "listdir": os}.get(place, checkpoint)
+    monkeypatch.setattr(owner, place, fail)
+    for read in (checkpoint.restore_newest, checkpoint.read_newest):
+        with pytest.raises(RunError, match="nothing was changed: ") as caught:
+            read(folder)
+        where = folder.checkpoints if place == "listdir" else folder.checkpoints / "000002"
+        assert str(where) in str(caught.value)
+    monkeypatch.undo()
+    found, skipped = checkpoint.restore_newest(folder)
+    assert found is not None
+    assert (found.step, skipped) == (2, [])
+
+
+def test_an_interrupt_is_no_damage(folder, monkeypatch):
+    write_checkpoint.save(folder, 1, arrays(1), {})
+
+    def interrupt(path, names):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "restore_arrays", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.restore_newest(folder)
+
+
+def test_a_checkpoint_that_is_being_read_is_not_deleted_before(folder, monkeypatch):
+    """By a run under way, that keeps the last few alone."""
+    for step in (1, 2):
+        write_checkpoint.save(folder, step, arrays(step), {})
+    real, left = checkpoint.file_digest, []
+
+    def go_on(path, size=None):
+        write_checkpoint.save(folder, 3, arrays(3), {})
+        left.append(write_checkpoint.prune(folder, [3]))
+        return real(path, size)
+
+    monkeypatch.setattr(checkpoint, "file_digest", go_on)
+    found, skipped = checkpoint.read_newest(folder)
+    assert (found.step, skipped) == (2, [])
+    assert_same(found.arrays, arrays(2))
+    assert left[0] == {2}
+    assert checkpoint.steps(folder) == [2, 3]
+    assert write_checkpoint.prune(folder, [3]) == set()
+    assert checkpoint.steps(folder) == [3]
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_passed_over(folder, monkeypatch):
+    """Where the file system has no locks, or somebody deletes by hand."""
+    for step in (1, 2):
+        write_checkpoint.save(folder, step, arrays(step), {})
+    real = checkpoint.file_digest
+
+    def go(path, size=None):
+        shutil.rmtree(folder.checkpoints / "000002", ignore_errors=True)
+        return real(path, size)
+
+    monkeypatch.setattr(checkpoint, "file_digest", go)
+    found, skipped = checkpoint.read_newest(folder)
+    assert (found.step, skipped) == (1, [])
+    monkeypatch.setattr(checkpoint, "steps", lambda folder: [1, 2])  # as they were listed before
+    assert checkpoint.verify(folder) == [(1, True, "")]
+    with pytest.raises(RunError, match="that can be read: the checkpoint of round 2 is not there"):
+        checkpoint.read_newest(folder, 2)
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(folder, monkeypatch):
+    """Files, the folders that list them, and the folders above: in this order."""
+    done = []
+    real_fsync, real_rename = os.fsync, Path.rename
+
+    def fsync(handle):
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        real_fsync(handle)
+
+    def rename(path, target):
+        done.append("renamed")
+        return real_rename(path, target)
+
+    monkeypatch.setattr(disk.os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    write_checkpoint.save(folder, 1, arrays(), {})
+    before, after = done[: done.index("renamed")], done[done.index("renamed") :]
+    part = folder.checkpoints / ".writing-000001"
+    whole = folder.checkpoints / "000001"
+    written = [part / path.relative_to(whole) for path in whole.rglob("*")]
+    inner = [path for path in written if path.name != "manifest.json"]
+    assert {folder.path.parent, folder.path, part, *inner} <= set(before)
+    assert part / ".manifest.json.part" in before
+    assert after == ["renamed", folder.checkpoints]

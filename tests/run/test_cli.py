@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+from run_folders import fill, small_disk
 from typer.testing import CliRunner
 
 from h2tune_jax import cli
 from h2tune_jax.run.config import load_config
+from h2tune_jax.run.folder import RunFolder, lock_folder
 from h2tune_jax.run.interrupt import stop_on_interrupt
 from h2tune_jax.run.presets import read_preset
 
@@ -55,9 +57,7 @@ def test_help_lists_the_commands_and_the_exit_codes():
     for command in COMMANDS:
         assert re.search(rf"\b{command}\b", stdout)
     text = " ".join(stdout.split())
-    assert (
-        "0 done, 2 bad input or config, 3 a run folder that cannot be used, 130 interrupted" in text
-    )
+    assert "0 done, 2 bad input or config, 3 a folder that cannot be used, 130 interrupted" in text
     assert "--install-completion" in text
 
 
@@ -212,6 +212,51 @@ def test_export_writes_where_it_says(finished, tmp_path):
     assert "onnx" in stderr
 
 
+def test_an_export_to_a_full_disk_is_one_line(finished, tmp_path):
+    out, _ = finished
+    with small_disk(tmp_path / "disk", "1m"):
+        fill(tmp_path / "disk" / "full")
+        code, stdout, stderr = call(
+            "export",
+            out,
+            "--client",
+            "narrow/1",
+            "--format",
+            "adapter",
+            "--out",
+            tmp_path / "disk" / "a",
+        )
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["full"]
+    assert code == cli.EXIT_FOLDER == 3
+    assert stdout == ""
+    assert re.fullmatch(
+        r"h2tune: the export cannot be written to .*: No space left on .*\n", stderr
+    )
+
+
+def test_what_reads_a_run_under_way_says_so(finished, tmp_path):
+    out, _ = finished
+    with lock_folder(RunFolder(out)):
+        code, _, stderr = call("report", out, "--out", tmp_path / "x.html")
+        assert (code, stderr) == (
+            0,
+            f"h2tune: {out} is under way: the report has what it holds so far\n",
+        )
+        code, stdout, _ = call("inspect", out)
+        assert code == 0
+        assert "running: this is what it holds so far" in stdout
+
+
+def test_files_that_the_system_refuses_are_one_line(tmp_path, monkeypatch):
+    from h2tune_jax.run import config
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied", "secret.toml")
+
+    monkeypatch.setattr(config, "load_config", refuse)
+    assert call("run", "x.toml") == (3, "", "h2tune: secret.toml: Permission denied\n")
+
+
 @pytest.mark.slow
 def test_compare_runs_what_is_missing(config, tmp_path):
     out = tmp_path / "compared"
@@ -307,6 +352,7 @@ def test_interrupted_run_exits_130_and_goes_on(config, tmp_path):
         stdout, stderr = child.communicate(timeout=120)
     assert child.returncode == cli.EXIT_INTERRUPTED == 130, stderr
     assert "finishing this round" in stderr
+    assert f"h2tune: {out}: interrupted after " in stderr
     assert "Traceback" not in stdout + stderr
     rounds = [json.loads(line)["round"] for line in metrics.read_text().splitlines()]
     assert rounds == list(range(len(rounds)))

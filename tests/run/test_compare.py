@@ -13,15 +13,16 @@ from h2tune_jax.run.compare import (
     compare,
     comparison_table,
     going_on,
-    is_finished,
     run_config,
 )
 from h2tune_jax.run.config import make_config
 from h2tune_jax.run.describe import describe
 from h2tune_jax.run.events import Finished, Notice, RoundDone, Started
 from h2tune_jax.run.federation import build_federation
-from h2tune_jax.run.folder import RunError
+from h2tune_jax.run.folder import RunError, RunFolder
+from h2tune_jax.run.notices import read_notices
 from h2tune_jax.run.report.view import final_score, read_view
+from h2tune_jax.run.stopping import is_finished
 from h2tune_jax.types import FederationError
 
 
@@ -154,6 +155,13 @@ def test_seeds_together_and_gone_on_with_together(data, tmp_path):
     events.clear()
     compare(config, ["local"], 2, tmp_path, [events.append], together=False)
     assert [first > 0 for _, _, first in runs(events)] == [True]
+    said = [e.text for e in events if isinstance(e, Notice)]
+    assert any(text.startswith("goes on from the checkpoint of round") for text in said)
+    # Of seeds that are not shown the notices are.
+    assert any(text.startswith("seed 4: goes on from the checkpoint of round") for text in said)
+    for seed in (3, 4):
+        noted = read_notices(RunFolder(tmp_path / "local" / str(seed)))
+        assert ["interrupted after" in line["text"] for line in noted] == [True, False]
     for seed in (3, 4):
         assert begun_together(tmp_path / "local" / str(seed), seed) == (3, 4)
         assert is_finished(tmp_path / "local" / str(seed), run_config(config, "local", seed))

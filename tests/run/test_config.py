@@ -121,6 +121,13 @@ REFUSED = [
         "[log]", "[sampling]\nkind = 'schedule'\nschedule = [['wide/9']]\n[log]", "sampling.schedule",
         "round 0 names client 'wide/9'; allowed: narrow/0", "schedule =",
     ),
+    (
+        "batch_size = 8\n",
+        "newcomers = { count = 1, steps = 1 }\n[sampling]\nkind = 'schedule'\n"
+        "schedule = [['narrow/0'], ['wide/2']]\n",
+        "sampling.schedule", "round 1 names client 'wide/2', a newcomer, who never takes part",
+        "schedule =",
+    ),
     ("[log]", "[schedule]\nwarmup = 3\n[log]", "schedule.warmup", "leave none of 3", "warmup ="),
     ("[log]", "[stop]\nmetric = 'acuracy'\n[log]", "stop.metric", "'accuracy'?", "metric ="),
     ("[log]", "[engine]\nclient_axis = 'sca'\n[log]", "engine.client_axis", "scan", "client_axis ="),

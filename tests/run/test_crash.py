@@ -15,8 +15,11 @@ import toy_run
 
 from h2tune_jax.run import checkpoint
 from h2tune_jax.run.events import Notice
+from h2tune_jax.run.inspect import inspect_run
 from h2tune_jax.run.programs import Programs
 from h2tune_jax.run.records import read_lines
+from h2tune_jax.run.report.arrays import read_inside
+from h2tune_jax.run.report.view import read_view
 
 CHILD = Path(crash_child.__file__)
 
@@ -43,7 +46,7 @@ class Killer:
             rounds, target, lines = 0, self.random.randint(0, 4), []
             for line in child.stdout:
                 lines.append(line)
-                assert not line.startswith("notice"), line
+                assert not line.startswith("warning"), line
                 rounds += line.startswith("round")
                 if how == "clock" and rounds >= target:
                     time.sleep(self.random.uniform(0, 0.05))
@@ -101,6 +104,33 @@ def test_a_run_that_is_killed_thirty_times_ends_the_same(tmp_path, store):
     kills = killed_as_straight(tmp_path, store, 150, 30, seed=5)
     assert sum(kills.values()) == 30
     assert min(kills.values()) >= 5, kills
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["device", "file"])
+def test_a_run_under_way_can_be_read_at_any_moment(tmp_path, store):
+    """It keeps two checkpoints and the rows that they need, and deletes the others as it goes."""
+    out = tmp_path / "run"
+    args = [sys.executable, str(CHILD), str(out), store, "150", str(tmp_path / "cache")]
+    live = read = 0
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        while child.poll() is None:
+            if not checkpoint.steps(out):
+                time.sleep(0.01)
+                continue
+            found = inspect_run(out)
+            live += found.is_running
+            assert found.damage == ""
+            assert all(line.verifies for line in found.checkpoints), found.checkpoints
+            inside, view = read_inside(out, 1), read_view(out)
+            assert [line["round"] for line in view.records] == list(range(len(view.records)))
+            assert len(view.records) >= inside.rounds
+            assert len(inside.clients[0])
+            read += 1
+        assert child.returncode == 0, child.stderr.read() if child.stderr else ""
+    assert live >= 5
+    assert read >= 5
+    assert all(ok for _, ok, _ in checkpoint.verify(out))
 
 
 HOW = {

@@ -1,16 +1,28 @@
 """The run's folder: whose it is, who writes, and what is refused."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from h2tune_jax.run import folder as folders
-from h2tune_jax.run.folder import RunError, RunFolder, begin_folder, lock_folder, read_facts
+from h2tune_jax.run.disk import make_folder, sync_path, whole_folder, write_whole
+from h2tune_jax.run.folder import (
+    RunError,
+    RunFolder,
+    begin_folder,
+    is_live,
+    lock_folder,
+    read_facts,
+)
 
 CONFIG = 'seed = 1\n[method]\nname = "local"\n'
 
@@ -94,10 +106,61 @@ def test_going_on_with_other_versions_is_said(run, monkeypatch):
 
 
 def test_a_kill_before_the_facts_are_written_does_no_harm(run):
-    run.config.write_text("half")
+    run.config.write_text(CONFIG)
     (run.path / ".run.json.part").write_text("{")
     assert begin(run) == []
     assert run.config.read_text() == CONFIG
+
+
+def test_somebody_elses_config_is_left_as_it_is(run):
+    run.config.write_text("mine")
+    with pytest.raises(RunError, match=r"config.toml is there already, with another config than"):
+        begin(run)
+    assert run.config.read_text() == "mine"
+
+
+def test_a_folder_of_something_else_gets_no_lock(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with (
+        pytest.raises(RunError, match=r"holds something that is no run \(thesis.tex\)"),
+        lock_folder(RunFolder(tmp_path)),
+    ):
+        pass
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("held", [b"of my own\n", b"process 7 on host\nof my own\n", b"x" * 5000])
+def test_somebody_elses_lock_is_left_as_it_is(tmp_path, held):
+    (tmp_path / "lock").write_bytes(held)
+    with (
+        pytest.raises(RunError, match="lock is no lock of a run, and was left as it is"),
+        lock_folder(RunFolder(tmp_path)),
+    ):
+        pass
+    assert (tmp_path / "lock").read_bytes() == held
+
+
+@pytest.mark.parametrize("held", [b"", b"process 7 on host\n", b"process 7 on ho", bytes(30)])
+def test_a_lock_that_a_dead_process_left_is_ours(tmp_path, held):
+    folder = RunFolder(tmp_path)
+    folder.lock.write_bytes(held)
+    assert not is_live(folder)
+    with lock_folder(folder):
+        assert folder.lock.read_text().startswith(f"process {os.getpid()} on ")
+        assert is_live(folder)
+    assert not is_live(folder)
+
+
+def test_who_looks_at_a_run_keeps_nobody_from_it(tmp_path):
+    """The look holds the lock for a moment, in which a writer waits."""
+    folder = RunFolder(tmp_path)
+    with folder.lock.open("a+b") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        timer = threading.Timer(0.06, fcntl.flock, (looking, fcntl.LOCK_UN))
+        timer.start()
+        with lock_folder(folder):
+            pass
+        timer.join()
 
 
 HOLD = """
@@ -150,3 +213,89 @@ def test_a_read_only_folder_is_said(run, monkeypatch):
     ):
         begin(run)
     assert not run.facts.exists()
+
+
+def test_facts_that_the_machine_refuses_are_not_missing(run, monkeypatch):
+    begin(run)
+
+    def refuse(path, **options):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(
+        RunError, match=r"the run cannot be read from .*: Input/output error; nothing"
+    ):
+        begin(run, resume=True)
+
+
+# What lies on the disk
+
+
+def synced(monkeypatch):
+    """The places that are made to outlast a power cut, as they come."""
+    places, real = [], os.fsync
+
+    def fsync(handle):
+        places.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return places
+
+
+def test_folders_and_files_are_in_the_folder_above_when_they_are_said_to_be(tmp_path, monkeypatch):
+    places = synced(monkeypatch)
+    make_folder(tmp_path / "a" / "b")
+    assert places == [tmp_path, tmp_path / "a"]
+    make_folder(tmp_path / "a" / "b")
+    write_whole(tmp_path / "a" / "file", "x")
+    assert places[2:] == [tmp_path / "a" / ".file.part", tmp_path / "a"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_without_such_a_call_is_no_error(tmp_path, monkeypatch, code):
+    def fsync(handle):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if code == errno.EIO:
+        with pytest.raises(OSError, match="Input/output error"):
+            sync_path(tmp_path)
+    else:
+        sync_path(tmp_path)
+
+
+def write_half(folder):
+    with whole_folder(folder) as part:
+        (part / "one").write_text("half")
+        raise ZeroDivisionError
+
+
+def test_a_folder_is_written_in_full_or_not_at_all(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError):
+        write_half(out)
+    assert os.listdir(tmp_path) == []
+    places = synced(monkeypatch)
+    with whole_folder(out) as part:
+        (part / "deep").mkdir()
+        (part / "deep" / "one").write_text("1")
+        assert not out.exists()
+    assert (out / "deep" / "one").read_text() == "1"
+    assert {part / "deep" / "one", part / "deep", part} <= set(places)
+    assert places[-1] == tmp_path
+
+
+def test_what_a_folder_holds_beside_stays(tmp_path):
+    (tmp_path / "one").write_text("old")
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ZeroDivisionError):
+        write_half(tmp_path)
+    assert (tmp_path / "one").read_text() == "old"
+    with whole_folder(tmp_path) as part:
+        (part / "one").write_text("new")
+        (part / "deep").mkdir()
+        (part / "deep" / "two").write_text("2")
+    assert sorted(os.listdir(tmp_path)) == ["deep", "mine", "one"]
+    assert (tmp_path / "one").read_text() == "new"
+    assert (tmp_path / "mine").read_text() == "mine"

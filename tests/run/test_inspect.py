@@ -5,8 +5,11 @@ import pytest
 from rich.console import Console
 from run_folders import save_arrays, write_run
 
+from h2tune_jax.run import checkpoint, inspect, write_checkpoint
+from h2tune_jax.run.events import Notice
 from h2tune_jax.run.folder import RunError, RunFolder, lock_folder
 from h2tune_jax.run.inspect import inspect_run, inspection_view
+from h2tune_jax.run.notices import announce
 
 
 def shown(found):
@@ -51,3 +54,47 @@ def test_inspect_without_checkpoints_or_rounds(tmp_path):
 def test_inspect_refuses_what_is_no_run(tmp_path):
     with pytest.raises(RunError, match=r"holds no run: run\.json is missing"):
         inspect_run(tmp_path)
+
+
+def test_inspect_lists_what_was_set_aside_and_what_was_noted(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for step in (4, 6):
+        save_arrays(folder, {".round": np.asarray(step)}, step)
+    assert write_checkpoint.set_aside(RunFolder(folder), 6) == "broken-000006"
+    for i in range(inspect.MOST_NOTICES + 3):
+        announce(RunFolder(folder), (), Notice(f"[b]notice {i}.", "warning"))
+    found = inspect_run(folder)
+    assert [line.rounds for line in found.checkpoints] == [4]
+    assert list(found.set_aside) == ["broken-000006"]
+    assert found.set_aside["broken-000006"] > 0
+    assert len(found.notices) == inspect.MOST_NOTICES + 3
+    text = shown(found)
+    for part in ("broken-000006", "no: set aside when the run was resumed", "last 20 of 23 notices",
+                 "[b]notice 3.", "[b]notice 22."):  # fmt: skip
+        assert part in text
+    assert "[b]notice 2." not in text
+
+
+def test_inspect_of_a_damaged_log(tmp_path):
+    folder = write_run(tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join([lines[0], "{\n", *lines[2:]]))
+    found = inspect_run(folder)
+    assert found.rounds == 1
+    assert "line 2 of metrics.jsonl is damaged" in shown(found)
+
+
+def test_inspect_of_a_run_that_deletes_meanwhile(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run")
+    for step in (4, 6):
+        save_arrays(folder, {".round": np.asarray(step)}, step)
+    real = checkpoint.verify
+
+    def verify(paths):
+        found = real(paths)
+        write_checkpoint.prune(paths, [6])
+        return found
+
+    monkeypatch.setattr(checkpoint, "verify", verify)
+    found = inspect_run(folder)
+    assert [(line.rounds, line.size > 0) for line in found.checkpoints] == [(6, True)]

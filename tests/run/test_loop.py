@@ -1,6 +1,5 @@
 """The loop: what it records, when it tests and stops, and that it goes on as if nothing had been."""
 
-import contextlib
 import errno
 import math
 import subprocess
@@ -11,12 +10,14 @@ import numpy as np
 import pytest
 import toy
 import toy_run
+from run_folders import fill, small_disk
 
 import h2tune_jax as h2
-from h2tune_jax.run import checkpoint, moments
+from h2tune_jax.run import checkpoint, moments, write_checkpoint
 from h2tune_jax.run.events import Finished, Notice, RoundDone, Saved, Started
 from h2tune_jax.run.folder import RunError, RunFolder
 from h2tune_jax.run.loop import has_stalled, last_means
+from h2tune_jax.run.notices import read_notices
 from h2tune_jax.run.programs import Programs
 from h2tune_jax.run.records import read_lines
 from h2tune_jax.run.row_store import read_clients
@@ -89,8 +90,8 @@ def test_records_have_a_fixed_form(programs):
     assert set(records[0]["evaluation"]["trained"]["wide"]) == {"clients", "loss", "accuracy"}
 
 
-def test_traffic_is_counted_in_bytes():
-    """FedAvg of heads of 8 x 3 float32 numbers, and a client that goes wrong."""
+def test_traffic_is_counted_in_bytes(capsys):
+    """FedAvg of heads of 8 x 3 float32 numbers, and a client that goes wrong, which is said once."""
     specs = (toy.make_specs(targets=())[0],)
     federation = toy_run.federation(specs)
     federation = federation._replace(bases=federation.bases[:1], probe=None)
@@ -102,6 +103,10 @@ def test_traffic_is_counted_in_bytes():
         assert (record["bytes_up"], record["bytes_down"]) == (5 * 24 * 4, 5 * 24 * 4)
         assert record["cohorts"]["narrow"]["rejected"] == 1
         assert record["cohorts"]["narrow"]["loss"][2] is None
+    assert capsys.readouterr().err == (
+        "h2tune: warning: group 'narrow': 1 of 5 results of round 0 are not finite, and were left out; "
+        "this is said once, metrics.jsonl counts them under 'rejected'\n"
+    )
 
 
 def test_observers_are_told_in_order(programs, tmp_path):
@@ -328,22 +333,116 @@ def test_damage_is_told_and_the_round_before_is_gone_on_from(programs, tmp_path)
     again = run(programs, tmp_path / "run", observers=[told.append])
     texts = [event.text for event in told if isinstance(event, Notice)]
     assert "the checkpoint of round 4 does not verify (manifest.json cannot be read" in texts[0]
-    assert texts[1] == "goes on from the checkpoint of round 3"
+    assert texts[1:] == ["goes on from the checkpoint of round 3"]
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log
     toy.assert_trees_equal(again.state, whole.state)
     assert [ok for _, ok, _ in checkpoint.verify(tmp_path / "run")] == [True] * 3
 
 
-def test_without_any_good_checkpoint_the_run_is_repeated(programs, tmp_path):
-    whole = run(programs, tmp_path / "run")
-    (tmp_path / "run" / "metrics.jsonl").unlink()
-    told = []
-    again = run(programs, tmp_path / "run", observers=[told.append])
-    texts = [event.text for event in told if isinstance(event, Notice)]
-    assert texts[-1].startswith("no checkpoint verifies: the run begins anew")
-    assert all("metrics.jsonl is missing" in text for text in texts[:-1])
-    assert again.records == whole.records == read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert len(read_lines(tmp_path / "run" / "timings.jsonl")) == 4
+def tree_of(folder):
+    """Every file of a run and what it holds, but for the lock and the notices."""
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("lock", "notices.jsonl")
+    }
+
+
+@pytest.mark.parametrize("kind", ["device", "file"])
+def test_without_any_good_checkpoint_nothing_is_begun_anew_unasked(programs, tmp_path, kind):
+    config, out = toy_run.config(store={"kind": kind}), tmp_path / "run"
+    whole = run(programs, out, config)
+    assert (out / "clients").exists() == (kind == "file")
+    (out / "metrics.jsonl").unlink()
+    before = tree_of(out)
+    with pytest.raises(
+        RunError, match=r"none of them verifies: .*metrics.jsonl is missing"
+    ) as error:
+        run(programs, out, config)
+    assert f"move {out / 'checkpoints'} away and resume" in str(error.value)
+    assert tree_of(out) == before
+    # As it says.
+    (out / "checkpoints").rename(tmp_path / "away")
+    again = run(programs, out, config)
+    assert again.records == whole.records == read_lines(out / "metrics.jsonl")
+    assert len(read_lines(out / "timings.jsonl")) == 4
+    (notice,) = read_notices(RunFolder(out))
+    assert notice["text"] == "has no checkpoint to go on from: begins again with the first round"
+
+
+PASSING = {
+    "file_digest": OSError(errno.EMFILE, "Too many open files"),
+    "restore_arrays": MemoryError(),
+    "read_manifest": RunError("refused"),
+}
+
+
+@pytest.mark.parametrize("place", PASSING)
+def test_what_the_machine_refuses_stops_a_resumed_run_and_costs_nothing(
+    programs, tmp_path, monkeypatch, place
+):
+    """It was taken for damage, of which every checkpoint had some."""
+    out, asked = tmp_path / "run", iter([False] * 2 + [True])
+    config = toy_run.config(store={"kind": "file"})
+    run(programs, out, config, stop_request=lambda: next(asked))
+    before = tree_of(out)
+
+    def refuse(*args, **options):
+        raise PASSING[place]
+
+    monkeypatch.setattr(checkpoint, place, refuse)
+    with pytest.raises(RunError, match=r"Too many open files|out of memory|refused"):
+        run(programs, out, config)
+    monkeypatch.undo()
+    assert tree_of(out) == before
+    assert run(programs, out, config).records == run(programs, None).records
+
+
+def test_what_a_reader_should_know_stands_in_the_folder_and_on_standard_error(
+    programs, tmp_path, capsys
+):
+    """Whoever observes: a run that nobody watches says it as well, and none is cut off on resume."""
+    out = tmp_path / "run"
+    for rounds in (2, 1):
+        asked = iter([False] * rounds + [True])
+        run(programs, out, stop_request=lambda asked=asked: next(asked))
+    (out / "checkpoints" / ".writing-000004").mkdir()
+    manifest = out / "checkpoints" / "000003" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-5])
+    run(programs, out)
+    command = f"go on with: h2tune run {out}/config.toml --out {out} --resume"
+    noted = read_notices(RunFolder(out))
+    broken = noted[4]["text"]
+    assert broken.startswith("the checkpoint of round 3 does not verify (manifest.json cannot be")
+    assert broken.endswith("; it was set aside as broken-000003")
+    assert [(line["level"], line["text"]) for line in noted] == [
+        ("info", f"interrupted after 2 rounds; {command}"),
+        ("info", "goes on from the checkpoint of round 2"),
+        ("info", f"interrupted after 3 rounds; {command}"),
+        ("info", "the checkpoint of round 4 was being written when the run ended; it is left out"),
+        ("warning", broken),
+        ("info", "goes on from the checkpoint of round 2"),
+    ]
+    marks = {"info": "", "warning": "warning: "}
+    lines = [f"h2tune: {out}: {marks[line['level']]}{line['text']}" for line in noted]
+    printed = capsys.readouterr().err.splitlines()
+    assert [line for line in printed if line.startswith("h2tune: ")] == lines
+    # A finished run that is opened again is left as it is.
+    before = (out / "notices.jsonl").read_bytes()
+    run(programs, out)
+    assert (out / "notices.jsonl").read_bytes() == before
+
+
+def test_a_schedule_that_names_a_newcomer_is_refused_at_the_start(programs):
+    """Also where the federation is not the config's, which knows of three wide clients."""
+    federation = toy_run.federation(toy.make_specs())
+    sampling = {"kind": "schedule", "schedule": [["narrow/0"], ["wide/3"]]}
+    groups = [toy_run.GROUPS[0], {**toy_run.GROUPS[1], "count": 4}]
+    config = toy_run.config(3, sampling=sampling, groups=groups)
+    handed = []
+    with pytest.raises(h2.FederationError, match="round 1 names wide/3, but only the first 3"):
+        run(programs, None, config, federation=federation, observers=[handed.append])
+    assert handed == []
 
 
 def test_a_checkpoint_of_another_config_is_refused_and_left_alone(programs, tmp_path):
@@ -360,18 +459,6 @@ def test_a_checkpoint_of_another_config_is_refused_and_left_alone(programs, tmp_
     assert (tmp_path / "one" / "metrics.jsonl").read_bytes() == before
 
 
-@contextlib.contextmanager
-def small_disk(path, size):
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
-
-
 @pytest.mark.parametrize("kind", ["device", "file"])
 def test_a_full_disk_stops_the_run_and_costs_nothing(programs, tmp_path, kind):
     config = toy_run.config(12, store={"kind": kind}, checkpoints={"keep_last": 2, "keep_best": 0})
@@ -379,17 +466,15 @@ def test_a_full_disk_stops_the_run_and_costs_nothing(programs, tmp_path, kind):
         out = tmp_path / "disk" / "run"
         asked = iter([False] * 3 + [True])
         run(programs, out, config, stop_request=lambda: next(asked))
-        fill = out.parent / "somebody else's"
-        with contextlib.suppress(OSError), fill.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
+        others = out.parent / "somebody else's"
+        fill(others)
         with pytest.raises(
             RunError, match=r"cannot be written to .*: No space left on device; make room"
         ):
             run(programs, out, config)
         assert all(ok for _, ok, _ in checkpoint.verify(out))
         assert checkpoint.steps(out)[-1] == 3
-        fill.unlink()
+        others.unlink()
         result = run(programs, out, config)
     assert result.records == run(programs, None, toy_run.config(12)).records
 
@@ -409,14 +494,14 @@ def test_a_read_only_disk_can_be_read_and_is_said_to_be_one(programs, tmp_path):
 
 
 def test_a_folder_that_turns_read_only_stops_the_run(programs, tmp_path, monkeypatch):
-    real = checkpoint._orbax_save
+    real = write_checkpoint.save_arrays
 
     def refuse(path, arrays):
         if path.parent.name == ".writing-000003":
             raise OSError(errno.EROFS, "Read-only file system", str(path))
         real(path, arrays)
 
-    monkeypatch.setattr(checkpoint, "_orbax_save", refuse)
+    monkeypatch.setattr(write_checkpoint, "save_arrays", refuse)
     with pytest.raises(
         RunError, match=r"the checkpoint of round 3 cannot be written .*: Read-only file"
     ):

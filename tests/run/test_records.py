@@ -10,7 +10,7 @@ import pytest
 
 from h2tune_jax.run.checkpoint import file_digest
 from h2tune_jax.run.folder import RunError
-from h2tune_jax.run.records import Log, encode, lines_size, plain, read_lines
+from h2tune_jax.run.records import Log, encode, lines_size, plain, read_lines, read_log
 
 
 def test_numbers_read_back_exactly():
@@ -71,6 +71,22 @@ def test_lines_of_rounds_that_will_come_again_are_told_apart(tmp_path):
     assert lines_size(path, 9) == sum(map(len, lines))
     path.write_bytes(lines[0] + b"\x00\n" + lines[1])
     assert lines_size(path, 9) == len(lines[0])
+
+
+def test_a_damaged_line_ends_what_is_read_and_is_said(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_log(path) == ([], "")
+    path.write_bytes(encode({"round": 0}) + b'{"round": ?}\n' + encode({"round": 2}))
+    said = "line 2 of metrics.jsonl is damaged, and what follows is left out"
+    assert read_log(path) == ([{"round": 0}], said)
+    path.write_bytes(encode({"round": 0}) + b'{"round": 1')  # being written
+    assert read_log(path) == ([{"round": 0}], "")
+
+
+def test_a_log_that_the_machine_refuses_is_not_an_empty_one(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"metrics.jsonl cannot be read from .*: Is a directory"):
+        read_lines(tmp_path / "metrics.jsonl")
 
 
 def test_a_full_disk_leaves_the_lines_that_were_there(tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ import pytest
 from run_folders import GROUPS, h2tune_arrays, lora_arrays, save_arrays, write_run
 
 from h2tune_jax.run import numbers
+from h2tune_jax.run.disk import Gone
+from h2tune_jax.run.folder import RunFolder, lock_folder
 from h2tune_jax.run.report import arrays as inside
 from h2tune_jax.run.report import write_report
 from h2tune_jax.run.report.view import curve, read_view, read_views
@@ -157,6 +159,19 @@ def test_a_line_that_is_still_being_written(tmp_path):
         file.write('{"round": 6, "coh')
     assert len(read_view(folder).records) == 6
     write_report(folder)
+
+
+def test_a_run_under_way_and_a_damaged_log_are_said(tmp_path):
+    folder = write_run(tmp_path / "run", method="local")
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    with lock_folder(RunFolder(folder)):
+        assert "Rounds done: 6 of 6, still running." in write_report(folder).read_text()
+    (folder / "metrics.jsonl").write_bytes(
+        b"".join([*lines[:2], lines[2][:9] + b"\0\n", *lines[3:]])
+    )
+    text = write_report(folder).read_text()
+    assert "Rounds done: 2 of 6." in text
+    assert "local: line 3 of metrics.jsonl is damaged, and what follows is left out." in text
 
 
 def test_values_that_are_null(tmp_path):
@@ -326,10 +341,9 @@ def test_evaluations_of_some_clients_find_their_places(tmp_path):
     assert "<title>h2tune: smol/2</title>" in page.text
 
 
-def test_clients_in_a_store_of_rows_are_sampled(tmp_path):
+def test_clients_in_a_store_of_rows_are_sampled(tmp_path, monkeypatch):
     """A checkpoint of the store "file", written with its own parts: 100 of 200 clients have trained."""
-    from h2tune_jax.run import checkpoint
-    from h2tune_jax.run.folder import RunFolder
+    from h2tune_jax.run import row_store, write_checkpoint
     from h2tune_jax.run.rows import Location, Segments, index_array, layout_of, pack
 
     groups = (("many", "trec", 0.24, 200, 4),)
@@ -345,7 +359,10 @@ def test_clients_in_a_store_of_rows_are_sampled(tmp_path):
     index = {2 * place: Location(number, place) for place in range(100)}
     meta = {"store": "file", "layouts": [layout.describe()], "segments": [{}]}
     beside = {segments.name(number): segments.marks[number]}
-    checkpoint.save(folder, 2, {".index[0]": index_array(index)}, meta, beside)
+    save = lambda step: write_checkpoint.save(
+        folder, step, {".index[0]": index_array(index)}, meta, beside
+    )
+    save(2)
 
     found = inside.read_inside(folder.path, 1)
     assert found.is_sample
@@ -357,3 +374,22 @@ def test_clients_in_a_store_of_rows_are_sampled(tmp_path):
     assert "at most 64" in text
     assert "24 of 200 clients" in text
     assert "23: many/198" in text
+
+    # A run under way: the rows have moved when its checkpoint has been read.
+    real, asked = row_store.clients_of, []
+
+    def move_on(*args):
+        if not asked:
+            asked.append(True)
+            Segments(folder.clients, 0, layout.row_bytes).keep(set())
+            with pytest.raises(Gone, match="no longer there: its run has gone on"):
+                real(*args)
+            segments.write(pack(layout, 100, rows))
+            index.update({2 * place: Location(1, place) for place in range(100)})
+            beside.clear()
+            save(3)
+            write_checkpoint.prune(folder, [3])
+        return real(*args)
+
+    monkeypatch.setattr(row_store, "clients_of", move_on)
+    assert inside.read_inside(folder.path, 1).rounds == 3

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from h2tune_jax.run.sampling import in_training, participants
+from h2tune_jax.run.sampling import check_schedule, in_training, participants
 from h2tune_jax.run.settings import SamplingConfig
 from h2tune_jax.types import FederationError
 
@@ -89,6 +89,19 @@ def test_newcomers_are_the_last_of_each_group_and_leave_somebody():
     assert in_training((5, 3), 2, NAMES) == (3, 1)
     with pytest.raises(FederationError, match=r"group 'wide'.*count = 3 leaves none of 3 clients"):
         in_training((5, 3), 3, NAMES)
-    sampling = SamplingConfig(kind="schedule", schedule=(("wide/2",),))
-    with pytest.raises(FederationError, match="names wide/2, but only the first 2 clients"):
-        draw(sampling, counts=(5, 2))
+
+
+@pytest.mark.parametrize(
+    ("client", "words"),
+    [
+        ("wide/2", r"round 1 names wide/2, but only the first 2 clients of group 'wide' train"),
+        ("wild/0", r"round 1 names 'wild/0', which is no client; .*did you mean 'wide'"),
+        ("wide", r"round 1 names 'wide', which is no client"),
+        ("wide/-1", r"round 1 names 'wide/-1', which is no client"),
+    ],
+)
+def test_a_schedule_is_held_against_those_who_train(client, words):
+    sampling = SamplingConfig(kind="schedule", schedule=(("wide/1",), ("narrow/4", client)))
+    with pytest.raises(FederationError, match=words):
+        check_schedule(sampling, NAMES, (5, 2))
+    check_schedule(SamplingConfig(), NAMES, (5, 2))

@@ -1,18 +1,24 @@
 import dataclasses
 import json
 import shutil
+import subprocess
 
 import jax
 import numpy as np
 import pytest
-from run_folders import write_run
+from run_folders import fill, small_disk, write_run
 from tiny_run import tiny_config
 
 from h2tune_jax.models.load_hf import load_hf
 from h2tune_jax.models.model import build
+from h2tune_jax.run import write_checkpoint
 from h2tune_jax.run.config import make_config, parse_config
+from h2tune_jax.run.disk import Gone, RunError
+from h2tune_jax.run.export import export_client
+from h2tune_jax.run.folder import RunFolder, lock_folder
 from h2tune_jax.run.loop import simulate
-from h2tune_jax.run.use import export_client, open_client, open_run, predict, row_of
+from h2tune_jax.run.rows import Location, Segments, index_array, index_from, layout_of
+from h2tune_jax.run.use import open_client, open_run, open_with, predict, row_of
 from h2tune_jax.types import FederationError
 
 NATIVE = "groups.*.model.pooling=native"
@@ -92,6 +98,7 @@ def test_predict_gives_the_label_of_the_logits(run, folder):
         text = tokenizer.decode(rows["input_ids"][row][rows["attention_mask"][row]])
         assert predict(run, "narrow/1", text) == labels[logits[row].argmax()]
     assert predict(folder, "narrow/1", {"text": text}) == labels[logits[row].argmax()]
+    assert predict(*open_with(run, "narrow/1"), text) == labels[logits[row].argmax()]
 
 
 def test_merged_export_says_the_same(run, tmp_path):
@@ -143,6 +150,40 @@ def test_default_folder_of_an_export(run, folder):
     assert export_client(run, "narrow/1", "adapter") == folder / "export" / "narrow-1-adapter"
 
 
+def test_an_export_names_the_base_that_it_writes_where_that_lies(run, tmp_path):
+    export_client(run, "narrow/1", "peft", tmp_path / "x")
+    fields = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == str(tmp_path / "x" / "base")
+    assert (tmp_path / "x" / "base" / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("form", ["peft", "merged", "adapter"])
+def test_an_export_that_the_disk_has_no_room_for_leaves_nothing(run, tmp_path, form):
+    with small_disk(tmp_path / "disk", "1m"):
+        mine = tmp_path / "disk" / "x" / "mine"
+        mine.parent.mkdir()
+        mine.write_text("mine")
+        fill(tmp_path / "disk" / "somebody else's")
+        for out in (mine.parent, tmp_path / "disk" / "new"):
+            with pytest.raises(
+                RunError,
+                match=r"the export cannot be written to .*: No space left .*make room and export",
+            ):
+                export_client(run, "narrow/1", form, out)
+            left = sorted(path.name for path in (tmp_path / "disk").rglob("*"))
+            assert left == ["mine", "somebody else's", "x"]
+
+
+def test_an_export_to_a_read_only_disk_is_said(run, tmp_path):
+    with small_disk(tmp_path / "disk", "1m"):
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        with pytest.raises(
+            RunError, match=r"the export cannot be written to .*: Read-only file system; choose"
+        ):
+            export_client(run, "narrow/1", "adapter", tmp_path / "disk" / "x")
+
+
 @pytest.mark.slow
 def test_peft_export_says_the_same_in_torch(run, tmp_path):
     torch_models = pytest.importorskip("torch_models", reason="the extra `parity` is not installed")
@@ -175,7 +216,25 @@ def test_every_store_holds_the_same_clients(folder, tmp_path):
         run = open_run(tmp_path / kind)
         found.append([open_client(run, f"wide/{i}").adapters for i in range(3)])
     jax.tree.map(np.testing.assert_array_equal, *found)
-    assert sum(not np.asarray(one.sites["q"].b).any() for one in found[0]) == 2
+    moved = [bool(np.asarray(one.sites["q"].b).any()) for one in found[0]]
+    assert sum(moved) == 1
+
+    # A run under way: what was read is gone by now, and its rows lie elsewhere.
+    paths, trained = RunFolder(tmp_path / "file"), moved.index(True)
+    layout = layout_of(run.programs.client_shapes(run.server)[0])
+    segments = Segments(paths.clients, 0, layout.row_bytes)
+    place = index_from(run.arrays[".index[0]"])[trained]
+    number = segments.write([np.array(row) for _, row in segments.read([(0, place)])])
+    arrays = {**run.arrays, ".index[0]": index_array({trained: Location(number, 0)})}
+    beside = {segments.name(number): segments.marks[number]}
+    write_checkpoint.save(paths, 2, arrays, run.meta, beside)
+    write_checkpoint.prune(paths, [2])
+    segments.keep(set(beside))
+    with pytest.raises(Gone, match="no longer there: its run has gone on"):
+        open_client(run, f"wide/{trained}")
+    again, client = open_with(run, f"wide/{trained}")
+    assert again.rounds == 2
+    jax.tree.map(np.testing.assert_array_equal, client.adapters, found[1][trained])
 
 
 def test_a_damaged_checkpoint_is_passed_over(folder, tmp_path):
@@ -183,7 +242,16 @@ def test_a_damaged_checkpoint_is_passed_over(folder, tmp_path):
     (tmp_path / "run" / "checkpoints" / "000002" / "manifest.json").write_text("")
     run = open_run(tmp_path / "run")
     assert run.rounds == 1
-    assert run.notices == ("the checkpoint of round 2 does not verify; this is round 1",)
+    (notice,) = run.notices
+    assert notice.startswith("the checkpoint of round 2 does not verify (manifest.json cannot be")
+    assert notice.endswith("; this is round 1")
+
+
+def test_a_run_under_way_is_said_to_be(folder, run):
+    assert run.notices == ()
+    with lock_folder(RunFolder(folder)):
+        (notice,) = open_run(folder).notices
+    assert notice == "the run is under way: this is what it held after round 2"
 
 
 def test_a_changed_config_is_refused(folder, tmp_path):

@@ -2,7 +2,7 @@
 
     python crash_child.py OUT STORE ROUNDS CACHE [DIE_AT]
 
-Prints "round N" as rounds are told, and "done DIGEST" at the end.
+Prints "round N" as rounds are told, "warning TEXT", and "done DIGEST" at the end.
 """
 
 import itertools
@@ -17,7 +17,7 @@ import jax
 import toy
 import toy_run
 
-from h2tune_jax.run import checkpoint, folder, rows
+from h2tune_jax.run import checkpoint, disk, rows, write_checkpoint
 from h2tune_jax.run.events import Notice, RoundDone
 from h2tune_jax.run.row_store import read_clients
 
@@ -67,15 +67,15 @@ def die_at(count):
         setattr(owner, name, wrapped)
 
     for owner, name in (
-        (checkpoint, "_orbax_save"),
-        (checkpoint, "write_whole"),
-        (checkpoint, "_describe_and_sync"),
-        (checkpoint, "sync_folder"),
-        (checkpoint.shutil, "rmtree"),
+        (write_checkpoint, "save_arrays"),
+        (write_checkpoint, "write_whole"),
+        (write_checkpoint, "_describe_and_sync"),
+        (write_checkpoint, "sync_path"),
+        (write_checkpoint.shutil, "rmtree"),
         (Path, "rename"),
         (Path, "replace"),
         (Path, "unlink"),
-        (folder.os, "fsync"),
+        (disk.os, "fsync"),
         (rows.Segments, "write"),
     ):
         wrap(owner, name)
@@ -91,8 +91,8 @@ def main(out, store, rounds, cache, count="0"):
     def say(event):
         if isinstance(event, RoundDone):
             print("round", event.record["round"], flush=True)
-        elif isinstance(event, Notice):
-            print("notice", event.text, flush=True)
+        elif isinstance(event, Notice) and event.level == "warning":
+            print("warning", event.text, flush=True)
 
     toy_run.run(Path(out), settings(store, int(rounds)), federation=federation(), observers=[say])
     print("done", final_digest(out), flush=True)

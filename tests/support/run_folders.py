@@ -1,8 +1,11 @@
 """Run folders written by hand, in the formats that the loop writes."""
 
+import contextlib
 import json
+import subprocess
 
 import numpy as np
+import pytest
 
 GROUPS = (
     ("minilm", "trec", 0.24, 2, 8),
@@ -80,10 +83,10 @@ def write_run(
 
 def save_arrays(folder, arrays, step=6):
     """Save a checkpoint of these arrays in a run's folder."""
-    from h2tune_jax.run import checkpoint
+    from h2tune_jax.run import write_checkpoint
     from h2tune_jax.run.folder import RunFolder
 
-    checkpoint.save(RunFolder(folder), step, arrays, {})
+    write_checkpoint.save(RunFolder(folder), step, arrays, {})
 
 
 def lora_arrays(groups=GROUPS, seed=0):
@@ -124,3 +127,23 @@ def h2tune_arrays(groups=GROUPS, slots=6, size=8, seed=0):
             out[f"{at}.a['{kind}']"] = rng.normal(size=(count, layers, 12, rank)).astype(np.float32)
             out[f"{at}.b['{kind}']"] = rng.normal(size=(count, layers, rank, 12)).astype(np.float32)
     return out
+
+
+@contextlib.contextmanager
+def small_disk(path, size):
+    """A file system of its own, of so many bytes ("600k"), at a path; skips where there can be none."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def fill(path):
+    """Write until the disk is full."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))

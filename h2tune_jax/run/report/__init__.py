@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from h2tune_jax.run.folder import write_whole, writing
+from h2tune_jax.run.disk import make_folder, write_whole, writing
 from h2tune_jax.run.report import facts, matrices, progress, tables
 from h2tune_jax.run.report.arrays import Inside, read_inside
 from h2tune_jax.run.report.page import Section, page
@@ -51,8 +51,8 @@ def write_report(
         facts.environment(views),
     ]
     text = page(_title(views), _subtitle(views), [part for part in sections if part is not None])
-    with writing("the report", out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with writing("the report", out, again="try again"):
+        make_folder(out.parent)
         # Whole or not at all: somebody may have the old one open.
         write_whole(out, text)
     return out

@@ -4,6 +4,7 @@ Arrays are found by the names of the state's fields, whatever writes the path be
 of `.clients[0].relation` are `clients`, `0`, `relation`.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from h2tune_jax.run.disk import Gone
+from h2tune_jax.run.folder import RunFolder
 from h2tune_jax.types import order_kinds
 
 Arrays = Mapping[tuple[str, ...], np.ndarray]
 
 MOST_CLIENTS = 64
+
+_TRIES = 5
 
 
 class Inside(NamedTuple):
@@ -32,6 +37,13 @@ def read_inside(folder: Path, cohorts: int) -> Inside:
 
     Raises `RunError` where nothing can be read.
     """
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(Gone):  # a run under way has gone on, and has a newer one
+            return _read_inside(folder, cohorts)
+    return _read_inside(folder, cohorts)
+
+
+def _read_inside(folder: Path, cohorts: int) -> Inside:
     # Orbax takes a second to import, which a report without checkpoints does not need.
     from h2tune_jax.run.checkpoint import read_arrays
 
@@ -44,7 +56,7 @@ def read_inside(folder: Path, cohorts: int) -> Inside:
         ]
         return Inside(meta["round"], found, tuple(map(np.arange, counts)), False)
 
-    from h2tune_jax.run.row_store import read_clients
+    from h2tune_jax.run.row_store import clients_of
     from h2tune_jax.run.rows import index_from
 
     every, chosen, sampled = dict(found), [], False
@@ -52,7 +64,7 @@ def read_inside(folder: Path, cohorts: int) -> Inside:
         held = np.asarray(sorted(index_from(arrays[f".index[{cohort}]"])), np.int64)
         ids = spaced(held, MOST_CLIENTS)
         sampled |= len(ids) < len(held)
-        ids, rows = read_clients(folder, cohort, ids.tolist(), meta["round"])
+        ids, rows = clients_of(RunFolder(folder), arrays, meta, cohort, ids.tolist())
         every |= {("clients", str(cohort), *path): rows for path, rows in by_tokens(rows).items()}
         chosen.append(ids)
     return Inside(meta["round"], every, tuple(chosen), sampled)

@@ -54,6 +54,7 @@ def summary(views: Sequence[RunView]) -> Section:
     else:
         listed = "; ".join(f"{label}: {text}" for label, text in done.items())
         body.append(note(f"Rounds done: {listed}."))
+    body += [note(f"{view.label}: {view.damage}.") for view in views if view.damage]
     return Section("summary", "Summary", join(body))
 
 
@@ -156,4 +157,5 @@ def clients(views: Sequence[RunView]) -> Section | None:
 def _rounds_done(view: RunView) -> str:
     done = sum(record.get("round", -1) >= 0 for record in view.records)
     planned = view.config.get("rounds")
-    return f"{done:,}" if planned is None else f"{done:,} of {planned:,}"
+    counted = f"{done:,}" if planned is None else f"{done:,} of {planned:,}"
+    return f"{counted}, still running" if view.is_live else counted

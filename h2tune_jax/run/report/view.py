@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from h2tune_jax.run.folder import RunFolder, read_facts
+from h2tune_jax.run.disk import RunError, is_there, reading
+from h2tune_jax.run.folder import RunFolder, holds_run, is_live, read_facts
 from h2tune_jax.run.paired import Score
-from h2tune_jax.run.records import read_lines
+from h2tune_jax.run.records import read_log
 from h2tune_jax.types import FederationError
 
 MOMENT_TITLES = {
@@ -49,6 +50,8 @@ class RunView(NamedTuple):
     groups: tuple[GroupView, ...]
     records: list[dict]  # metrics.jsonl
     timings: list[dict]  # timings.jsonl
+    damage: str  # what of these two cannot be read; "" for nothing
+    is_live: bool  # a process writes it: this is what it holds so far
 
 
 def read_views(folders: Sequence[str | Path]) -> tuple[RunView, ...]:
@@ -67,27 +70,35 @@ def read_views(folders: Sequence[str | Path]) -> tuple[RunView, ...]:
 
 
 def read_view(folder: str | Path) -> RunView:
-    """Read one run folder; the last lines of a run that still writes may be incomplete."""
-    folder = Path(folder)
-    if not (folder / "config.toml").is_file():
+    """Read one run folder, also of a run that is still being written."""
+    paths = RunFolder(Path(folder))
+    with reading("the run's config", paths.config):
+        text = paths.config.read_bytes() if is_there(paths.config) else None
+    if text is None:
         raise FederationError(f"{folder} is not a run folder: it holds no config.toml")
-    paths = RunFolder(folder)
-    text = paths.config.read_text(encoding="utf-8")
-    config = tomllib.loads(text)
-    info = read_facts(paths) if paths.facts.is_file() else {}
+    try:
+        config = tomllib.loads(text.decode())
+    except ValueError as error:
+        raise RunError(f"{paths.config} cannot be read: {error}") from error
+    info = read_facts(paths) if holds_run(paths.path) else {}
     method = str(config.get("method", {}).get("name", "unknown"))
+    live = is_live(paths)
+    records, damage = read_log(paths.metrics)
+    timings, slow = read_log(paths.timings)
     return RunView(
-        folder=folder,
+        folder=paths.path,
         label=method,
         method=method,
         seed=int(config.get("seed", 0)),
         name=str(config.get("name", "run")),
         config=config,
-        config_text=text,
+        config_text=text.decode(),
         info=info,
         groups=_groups(config, info),
-        records=read_lines(paths.metrics),
-        timings=read_lines(paths.timings),
+        records=records,
+        timings=timings,
+        damage="; ".join(filter(None, (damage, slow))),
+        is_live=live,
     )
 
 
