@@ -61,3 +61,33 @@ def test_the_methods_page_lists_every_method():
     assert len(methods) >= 12
     for name in methods:
         assert f"| `{name}` |" in page or f"`{name}`," in page or f"h2.{name}(" in page, name
+
+
+def test_the_bench_of_methods_runs_what_is_missing(tmp_path, monkeypatch):
+    folder = ROOT / "experiments/real_3x3"
+    monkeypatch.syspath_prepend(str(folder))
+    bench, report = load(folder / "bench.py"), load(folder / "report.py")
+    command = ["--smoke", "--rows", "local,h2tune", "--out", str(tmp_path)]
+    bench.main(command)
+    path = tmp_path / "smoke.csv"
+    lines = bench.read(path)
+    # Two rows: three rates with one seed on validation, then two seeds on test; two clients.
+    assert len(lines) == 2 * (3 + 2) * 2
+    rates = bench.plan.ROWS["h2tune"].rates
+    best = bench.chosen_rate(lines, "h2tune", rates)
+    tested = [line for line in lines if line["split"] == "test"]
+    assert {line["rate"] for line in tested if line["row"] == "h2tune"} == {best}
+    up = {line["row"]: line["numbers_up"] for line in lines}
+    assert up["local"] == 0 < up["h2tune"]
+
+    # What is there is never run again.
+    before = path.read_text()
+    bench.main(command)
+    assert path.read_text() == before
+    setting = bench.plan.smoke(tmp_path)["smoke"]
+    found = report.found_of(setting, lines)
+    text = "\n".join(report.table(setting, found))
+    assert [row.name for row in found] == ["local", "h2tune"]
+    assert "Not run yet: fedit." in text
+    report.draw(setting, found, tmp_path / "smoke.svg")
+    assert "h2tune" in (tmp_path / "smoke.svg").read_text()

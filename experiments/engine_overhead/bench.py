@@ -5,11 +5,12 @@ A FedAvg round on 200 clients x 100 examples, a 784-128-62 MLP, batch 20, one ep
 turn, so that a drift of the machine meets both sides of a pair, and the turn rotates, because what runs
 after the vmap finds its caches cold.
 
-    python experiments/engine_overhead/bench.py [--pairs 25] [--csv FILE]
+    python experiments/engine_overhead/bench.py [--pairs 25] [--cores 1] [--csv FILE]
 """
 
 import argparse
 import csv
+import os
 import platform
 import statistics
 import time
@@ -79,8 +80,11 @@ def loss_fn(adapters, base, batch, key):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=25)
+    parser.add_argument("--cores", type=int, help="of the CPU; all of them by default")
     parser.add_argument("--csv", help="append the rows to this file")
     args = parser.parse_args()
+    if args.cores is not None:  # before the backend starts its threads
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
 
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(CLIENTS, EXAMPLES, 784)), jnp.float32)
@@ -127,6 +131,7 @@ def main():
     row = {
         "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
         "jax": jax.__version__,
         "pairs": args.pairs,
         **{f"{name}_ms": round(1e3 * value, 1) for name, value in medians.items()},

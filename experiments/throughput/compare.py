@@ -60,7 +60,7 @@ class Stage(NamedTuple):
     steps: int = 5
 
 
-PAIR = Program("pair_mlp.py", None, None, (2,))
+PAIR = Program("pair_mlp.py", None, None)
 FLOWER = Program("flower_mlp.py", "flower", "flwr", (2,))
 MLP = (
     Program("h2tune_mlp.py", None, None),
