@@ -1,7 +1,5 @@
 """What every method promises to the engine. A new method joins by one line in METHODS."""
 
-import collections
-import dataclasses
 import functools
 import gc
 from collections.abc import Callable
@@ -13,9 +11,11 @@ import numpy as np
 import optax
 import pytest
 import toy
+from contract import ALL, NAMES, NOBODY, SOME, Case, inputs, make_specs, usual_starts
 
 import h2tune_jax as h2
 from h2tune_jax.adapters import beside
+from h2tune_jax.aggregate import architecture
 
 
 def stacked(method):
@@ -24,8 +24,11 @@ def stacked(method):
     def server_aggregate(specs, key, server, bases, probe, uploads, weights, ids, round_index):
         parts = []
         for spec, upload, weight in zip(specs, uploads, weights):
-            each = jax.vmap(functools.partial(method.reduce, spec))(upload, weight)
-            parts.append(jax.tree.map(lambda leaf: leaf.sum(axis=0), each))
+            part = None
+            if upload is not None:
+                each = jax.vmap(functools.partial(method.reduce, spec))(upload, weight)
+                part = jax.tree.map(lambda leaf: leaf.sum(axis=0), each)
+            parts.append(part)
         rest = weights, ids, round_index
         return method.server_aggregate(specs, key, server, bases, probe, tuple(parts), *rest)
 
@@ -54,7 +57,7 @@ METHODS = {
         heads="shared",
         fim_warmup=1,
         fim_every=1,
-        server_set=toy.server_set(),
+        server_set=(*toy.server_set(), None),
     ),
     "co_lora": lambda: h2.co_lora(num_blocks=2, learning_rate=0.02),
     "heterotune": lambda: h2.heterotune(size=4, widths=(3, 2), learning_rate=0.02),
@@ -75,7 +78,7 @@ METHODS = {
 }
 
 
-class Sends(NamedTuple):
+class Row(NamedTuple):
     """What a method's row in docs/methods.md says, in shapes and arrays."""
 
     upload: Callable  # spec -> shapes of one client's upload, masks apart
@@ -83,7 +86,12 @@ class Sends(NamedTuple):
     # own, or nothing
     agrees: Callable | None
     private: tuple[str, ...] = ("head",)  # parts of a client's state that no upload depends on
+    save: tuple[str, ...] = ()  # parts of the server's state that may depend on them all the same
     whole: bool = True  # all of the upload's numbers travel
+    mixed: bool = False  # ranks may differ within an architecture
+    # What a client starts from: "head" and "a" are `local`'s, "common a" is FedIT's; the rest is of the
+    # method's own kind, or comes from the server.
+    starts: tuple[str, ...] = ("head", "a")
 
 
 def factors(*names):
@@ -108,46 +116,62 @@ def sites(*fields):
 
 
 MODEL = lambda download, adapters: (sites("a", "b")(download, adapters), adapters.head)
-ROWS = lambda spec: [(10, toy.INPUT), (10,), (), (), (), ()]  # x, y, count, three settings
-HEAD = lambda spec: [(spec.model.width, 3 if spec.name == "narrow" else 2)]
+EXAMPLES = lambda spec: [(10, toy.INPUT), (10,), (), (), (), ()]  # x, y, count, three settings
+HEAD = lambda spec: [(spec.model.width, 2 if spec.name == "wide" else 3)]
 CORES = lambda spec: [(spec.model.num_layers, spec.rank, spec.rank) for _ in spec.kinds]
 SOME_LAYERS = lambda spec: (spec.model.num_layers + 1) // 2
 LAYERS = lambda spec: [
     *((SOME_LAYERS(spec), *shape[1:]) for shape in factors("a", "b")(spec)),
     (SOME_LAYERS(spec),),
 ]
-SENDS = {
-    "h2tune": Sends(
+BRANCHES = {"narrow": (2, 3), "wide": (3, 5), "again": (3, 3)}  # slots, widths together
+FACTORS = ("head", "'a'", "'b'")
+ROWS = {
+    "h2tune": Row(
         lambda spec: [(3, len(spec.kinds), 4, 4)],
         lambda download, adapters: download.common.middle,
         private=("head", ".a[", ".b["),
         whole=False,
+        mixed=True,
     ),
-    "fedavg": Sends(HEAD, lambda download, adapters: adapters.head, private=()),
-    "local": Sends(lambda spec: [], None, private=("head", "'a'", "'b'")),
-    "centralised": Sends(ROWS, MODEL, private=(), whole=False),
-    "fedit": Sends(factors("a", "b"), sites("a", "b"), private=("head", "'a'", "'b'")),
-    "ffa_lora": Sends(factors("b"), sites("a", "b"), private=("head", "'b'")),
-    "fedsa_lora": Sends(factors("a"), sites("a"), private=("head", "'a'", "'b'")),
-    "hetlora": Sends(
+    "fedavg": Row(HEAD, lambda download, adapters: adapters.head, private=(), starts=()),
+    "local": Row(lambda spec: [], None, private=FACTORS, mixed=True),
+    "centralised": Row(EXAMPLES, MODEL, private=(), whole=False, mixed=True, starts=()),
+    "fedit": Row(factors("a", "b"), sites("a", "b"), private=FACTORS),
+    "ffa_lora": Row(
+        factors("b"), sites("a", "b"), private=("head", "'b'"), starts=("head", "common a")
+    ),
+    "fedsa_lora": Row(factors("a"), sites("a"), private=FACTORS),
+    "hetlora": Row(
         factors("a", "b"),
         # Ranks prune themselves: one column is what all have.
         lambda download, adapters: [(s.a[..., :1], s.b[:, :1]) for s in adapters.sites.values()],
-        private=("head", "'a'", "'b'"),
+        private=FACTORS,
         whole=False,
+        mixed=True,
     ),
-    "flexlora": Sends(factors("a", "b"), sites("a", "b"), private=("head", "'a'", "'b'")),
-    "flora": Sends(factors("a", "b"), sites("beside"), private=("head", "'a'", "'b'")),
-    "heterotune": Sends(
-        lambda spec: [(2, 4, 3), (2, 3, 4)] if spec.name == "narrow" else [(3, 4, 5), (3, 5, 4)],
+    "flexlora": Row(factors("a", "b"), sites("a", "b"), private=FACTORS, mixed=True),
+    "flora": Row(factors("a", "b"), sites("beside"), private=FACTORS, mixed=True),
+    "fedex_lora": Row(factors("a", "b"), sites("a", "b", "beside"), private=FACTORS),
+    "heterotune": Row(
+        lambda spec: [
+            (slots, *shape)
+            for slots, width in [BRANCHES[spec.name]]
+            for shape in [(4, width), (width, 4)]
+        ],
         lambda download, adapters: (adapters.sites["block"].inner, adapters.sites["block"].outer),
         private=("head", "'down'", "'up'"),
+        mixed=True,
+        starts=("head",),
     ),
-    # The two that send every client a mean of its own; Co-LoRA's sketch of a gradient depends on all.
-    "ce_lora": Sends(
-        lambda spec: [*CORES(spec), (2, spec.model.width)], None, private=("head", "'a'", "'b'")
+    # The two that send every client a mean of its own.
+    "ce_lora": Row(
+        lambda spec: [*CORES(spec), (2, spec.model.width)],
+        None,
+        private=FACTORS,
+        starts=("head", "common a"),
     ),
-    "co_lora": Sends(
+    "co_lora": Row(
         lambda spec: [
             shape
             for kind in spec.kinds
@@ -155,85 +179,27 @@ SENDS = {
             for shape in [(2, 2, 2), (2, 2), (12,), *[(others, 12, 2), (others, 2, 12)] * others]
         ],
         None,
-        private=(),
+        private=("head", "'gate'"),
+        save=("sketch",),  # of a gradient, which depends on all
+        starts=("head",),
     ),
-    "fedra": Sends(LAYERS, sites("a", "b"), private=("head", "'a'", "'b'")),
-    "fed_hello": Sends(
-        lambda spec: [*LAYERS(spec), *HEAD(spec)], MODEL, private=("head", "'a'", "'b'")
-    ),
-    "fedex_lora": Sends(
-        factors("a", "b"), sites("a", "b", "beside"), private=("head", "'a'", "'b'")
-    ),
+    "fedra": Row(LAYERS, sites("a", "b"), private=FACTORS),
+    "fed_hello": Row(lambda spec: [*LAYERS(spec), *HEAD(spec)], MODEL, private=FACTORS),
 }
 """By the first word of a method's name in METHODS."""
 
-ALL = np.arange(5), np.arange(3)
-SOME = np.array([4, 1]), np.array([2, 0])
 
-
-@functools.cache
-def build(name):
-    return METHODS[name]()
+def row_of(name):
+    row = ROWS[name.split("-")[0]]
+    # The anchored basis gives A, too.
+    return row._replace(starts=("head",)) if name == "h2tune-anchored" else row
 
 
 def specs_of(name):
-    if name == "co_lora":  # P and Q have one shape for all
-        return tuple(dataclasses.replace(spec, rank=2) for spec in toy.make_specs())
-    # FedAvg trains what `init_head_fn` makes, and adapts no sites.
-    return toy.make_specs(**({"targets": ()} if name.startswith("fedavg") else {}))
-
-
-TRACES = collections.Counter()
-
-
-@functools.cache
-def program(name, client_axis="scan"):
-    method = build(name)
-
-    def counting(*args):
-        TRACES[name, client_axis] += 1
-        return method.server_aggregate(*args)
-
-    return h2.make_round(
-        method._replace(server_aggregate=counting),
-        specs_of(name),
-        client_axis=client_axis,
-        donate=False,
-    )
-
-
-@functools.cache
-def evaluation(name, moment):
-    return h2.make_evaluate(build(name), specs_of(name), batch_size=4, moment=moment)
-
-
-@functools.cache
-def started(name):
-    return jax.tree.map(np.asarray, toy.stir(toy.start(build(name), specs_of(name))))
-
-
-def run(name, state, *, ids=ALL, weights=None, data=None, hyper=None, seed=toy.SEED, axis="scan"):
-    """Run one round; ids and weights are always arrays, so that one program serves many tests."""
-    weights = tuple(np.ones(len(i)) for i in ids) if weights is None else weights
-    out = program(name, axis)(
-        state,
-        toy.make_bases(),
-        toy.make_data(toy.make_specs()) if data is None else data,
-        tuple(np.asarray(i, np.int32) for i in ids),
-        tuple(np.asarray(w, np.float32) for w in weights),
-        build(name).hyper if hyper is None else hyper,
-        seed,
-    )
-    return jax.tree.map(np.asarray, out)
-
-
-@functools.cache
-def two_rounds(name):
-    """Everyone takes part in rounds 0 and 1: the states after each, and the metrics."""
-    first, _ = run(name, started(name))
-    second, metrics = run(name, first)
-    assert metrics.rejected == {"narrow": 0, "wide": 0}
-    return first, second, metrics
+    row, first = row_of(name), name.split("-")[0]
+    # P and Q of Co-LoRA have one shape for all; FedAvg trains what `init_head_fn` makes, and no sites.
+    rank, targets = 2 if first == "co_lora" else None, () if first == "fedavg" else None
+    return make_specs(mixed=row.mixed, rank=rank, targets=targets)
 
 
 # A method's programs are compiled once, on the worker that has its group.
@@ -241,204 +207,205 @@ def two_rounds(name):
     params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in METHODS],
     scope="module",
 )
-def name(request):
-    yield request.param
+def case(request):
+    case = Case(request.param, METHODS[request.param](), specs_of(request.param))
+    yield case
     # The programs of all methods together need more memory maps than a process may have.
-    for cached in (build, program, evaluation, started, two_rounds):
-        cached.cache_clear()
+    vars(case).clear()
     jax.clear_caches()
     gc.collect()
 
 
-def test_clients_at_once_equal_clients_in_turn(name):
+def test_clients_at_once_equal_clients_in_turn(case):
     # `scan` runs the method's client functions as they are written, for one client after the other.
-    first, second, metrics = two_rounds(name)
-    state, seen = run(name, first, axis="vmap")
-    toy.assert_trees_close(state, second)
-    toy.assert_trees_close(seen, metrics)
+    # Of the cohort of most layers and the largest rank: a second program of all takes long to compile.
+    together = case.run(case.two_rounds[0], ids=SOME, axis="vmap")
+    toy.assert_trees_close(together, case.some_again)
 
 
-def test_state_keeps_its_structure_shapes_and_dtypes(name):
+def test_state_keeps_its_structure_shapes_and_dtypes(case):
     describe = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    first, second, _ = two_rounds(name)
-    assert describe(started(name)) == describe(first) == describe(second)
+    first, second, _ = case.two_rounds
+    assert describe(case.started) == describe(first) == describe(second)
     # Strong types everywhere: a weak one would trace the second round anew.
-    assert not any(
-        leaf.weak_type for leaf in jax.tree.leaves(toy.start(build(name), specs_of(name)))
-    )
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(case.fresh))
 
 
-def test_one_trace_serves_ten_rounds(name):
+def test_one_trace_serves_ten_rounds(case):
     # Fed its own output, as a user would: a weak type in it would show.
-    method, specs = build(name), specs_of(name)
-    state = toy.start(method, specs)
+    bases, data, _ = inputs()
     ids = tuple(jnp.asarray(i, jnp.int32) for i in ALL)
     weights = tuple(jnp.ones(len(i)) for i in ALL)
-    args = toy.make_bases(), toy.make_data(specs), ids, weights, method.hyper
-    state, _ = program(name)(state, *args, toy.SEED)
-    before = TRACES[name, "scan"]
+    args = bases, data, ids, weights, case.method.hyper
+    state, _ = case.round_fn()(case.fresh, *args, toy.SEED)
+    before = case.traces
     for seed in range(10):
-        state, _ = program(name)(state, *args, np.uint32(seed))
-    assert TRACES[name, "scan"] == before
+        state, _ = case.round_fn()(state, *args, np.uint32(seed))
+    assert case.traces == before
     assert int(state.round) == 11
 
 
-def test_a_resumed_run_repeats_bit_for_bit(name):
-    first, second, _ = two_rounds(name)
-    resumed, _ = run(name, jax.tree.map(jnp.asarray, first))
+def test_a_resumed_run_repeats_bit_for_bit(case):
+    first, second, _ = case.two_rounds
+    resumed, _ = case.run(jax.tree.map(jnp.asarray, first))
     toy.assert_trees_equal(resumed, second)
 
 
-def test_the_order_of_clients_does_not_matter(name):
-    first, second, metrics = two_rounds(name)
-    ids = np.array([3, 0, 4, 1, 2]), np.array([2, 0, 1])
-    state, seen = run(name, first, ids=ids)
+def test_the_order_of_clients_does_not_matter(case):
+    first, second, metrics = case.two_rounds
+    ids = np.array([3, 0, 4, 1, 2]), np.array([2, 0, 1]), np.array([1, 0])
+    state, seen = case.run(first, ids=ids)
     toy.assert_trees_equal(state.clients, second.clients)
     toy.assert_trees_close(state.server, second.server)
-    for cohort, order in zip(("narrow", "wide"), ids):
+    for cohort, order in zip(NAMES, ids):
         expected = jax.tree.map(lambda x, o=order: x[o], metrics.clients[cohort])
         toy.assert_trees_equal(seen.clients[cohort], expected)
 
 
-def test_only_participants_change_and_randomness_is_their_own(name):
-    first, second, _ = two_rounds(name)
-    state, _ = run(name, first, ids=SOME)
-    for i in range(2):
-        for place in range(len(ALL[i])):
+def test_only_participants_change_and_randomness_is_their_own(case):
+    first, second, _ = case.two_rounds
+    state, metrics = case.some_again
+    for i, everyone in enumerate(ALL):
+        for place in everyone:
             expected = second if place in SOME[i] else first
             one = lambda tree, p=place: jax.tree.map(lambda x: x[p], tree)
             toy.assert_trees_equal(one(state.clients[i]), one(expected.clients[i]))
+    assert metrics.clients["narrow"] == metrics.clients["again"] == {}
 
 
-def test_a_client_of_weight_zero_trains_and_leaves_no_trace_on_the_server(name):
-    first, second, _ = two_rounds(name)
+def test_a_client_of_weight_zero_trains_and_leaves_no_trace_on_the_server(case):
+    # Cohorts in which nobody counts are as if they had been left out.
+    first, second, _ = case.two_rounds
     weights = tuple(np.isin(everyone, some) for everyone, some in zip(ALL, SOME))
-    weighted, _ = run(name, first, weights=weights)
-    without, _ = run(name, first, ids=SOME)
-    toy.assert_trees_close(weighted.server, without.server)
+    weighted, _ = case.run(first, weights=weights)
+    toy.assert_trees_close(weighted.server, case.some_again[0].server)
     toy.assert_trees_equal(weighted.clients, second.clients)
 
 
-def test_a_client_that_is_not_finite_is_refused_and_counted(name):
-    first = two_rounds(name)[0]
-    narrow, wide = toy.make_data(toy.make_specs())
-    poisoned = narrow.examples["x"].at[2, 0, 0].set(jnp.nan)
+def test_a_round_of_nobody_leaves_all_as_it_was(case):
+    first = case.two_rounds[0]
+    state, metrics = case.run(first, ids=NOBODY)
+    assert state.round == first.round + 1
+    assert metrics.clients == {cohort: {} for cohort in NAMES}
+    toy.assert_trees_equal(state.clients, first.clients)
+    toy.assert_trees_close(state.server, first.server)
+
+
+def test_a_client_that_is_not_finite_is_refused_and_counted(case):
+    first = case.two_rounds[0]
+    narrow, *others = inputs()[1]
+    poisoned = narrow.examples["x"].copy()
+    poisoned[2, 0, 0] = np.nan
     narrow = narrow._replace(examples={**narrow.examples, "x": poisoned})
-    state, metrics = run(name, first, data=(narrow, wide))
-    assert metrics.rejected == {"narrow": 1, "wide": 0}
+    state, metrics = case.run(first, data=(narrow, *others))
+    assert metrics.rejected == {"narrow": 1, "wide": 0, "again": 0}
     finite = np.array([True, True, False, True, True])
     np.testing.assert_array_equal(metrics.clients["narrow"]["finite"], finite)
     one = lambda tree: jax.tree.map(lambda x: x[2], tree)
     toy.assert_trees_equal(one(state.clients[0]), one(first.clients[0]))
-    without, _ = run(name, first, weights=(finite, np.ones(3)))
+    without, _ = case.run(first, weights=(finite, np.ones(3), np.ones(2)))
     toy.assert_trees_close(state.server, without.server)
 
 
-def test_a_start_does_not_depend_on_when_the_client_is_first_seen(name):
-    method, specs = build(name), specs_of(name)
-    later = two_rounds(name)[1]
-    ids = tuple(jnp.arange(spec.num_clients, dtype=jnp.int32) for spec in specs)
-    key = jax.random.key(0)
-    for server in (started(name).server, later.server):
-        downloads = method.broadcast(specs, key, server, ids, later.round)
-        start = jax.jit(functools.partial(method.init_client, specs[0]))
-        common, personal = downloads[0].common, downloads[0].personal
+def test_a_start_does_not_depend_on_when_the_client_is_first_seen(case):
+    later = case.two_rounds[1]
+    start = jax.jit(functools.partial(case.method.init_client, case.specs[0]))
+    clients = []
+    for server in (case.started.server, later.server):
+        common, personal = case.broadcast(server, later.round)[0]
         one = h2.Download(common, jax.tree.map(lambda x: x[3], personal))
-        client = start(key, toy.make_bases()[0], one)
-        if server is started(name).server:
-            expected = client
+        clients.append(start(jax.random.key(0), inputs()[0][0], one))
     # What a method would draw from changing values would differ here.
     static = lambda tree: [x for x in jax.tree.leaves(tree) if x.dtype != bool]
-    for a, b in zip(static(client), static(expected), strict=True):
+    for a, b in zip(*map(static, clients), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_adapters_fit_the_loss_at_both_moments(name):
-    specs = specs_of(name)
-    state = two_rounds(name)[1]
+def test_clients_start_as_they_do_in_every_other_method(case):
+    starts = row_of(case.name).starts
+    if not starts:  # what the server starts
+        assert not jax.tree.leaves(case.fresh.clients)
+        return
+    clients, common = usual_starts(row_of(case.name).mixed)
+    look = case.models(lambda _, adapters: adapters, downloaded=False)
+    for spec, adapters, usual in zip(case.specs, look(case.fresh), clients):
+        np.testing.assert_array_equal(adapters.head, usual.params["head"])
+        for kind, site in adapters.sites.items():
+            if "a" in starts:
+                np.testing.assert_array_equal(site.a, usual.params["a"][kind])
+            if "common a" in starts:
+                a = common[architecture(spec)]["a"][kind]
+                np.testing.assert_array_equal(site.a, np.broadcast_to(a, site.a.shape))
+
+
+def test_the_adapters_fit_the_loss_at_both_moments(case):
     for moment in ("trained", "downloaded"):
-        evaluate = evaluation(name, moment)
-        results = evaluate(state, toy.make_bases(), toy.make_data(specs))
-        for spec in specs:
+        results = case.evaluate(case.two_rounds[1], moment)
+        for spec in case.specs:
             assert results[spec.name]["loss"].shape == (spec.num_clients,)
             assert np.isfinite(results[spec.name]["loss"]).all()
 
 
-def test_training_lowers_the_loss(name):
-    specs = specs_of(name)
-    state = toy.start(build(name), specs_of(name))
-    evaluate = lambda state: evaluation(name, "trained")(
-        state, toy.make_bases(), toy.make_data(specs)
-    )
-    before = evaluate(state)
+def test_training_lowers_the_loss(case):
+    state = case.fresh
+    before = case.evaluate(state)
     for _ in range(8):
-        state, _ = run(name, state)
-    after = evaluate(state)
-    for spec in specs:
-        assert after[spec.name]["loss"].mean() < 0.9 * before[spec.name]["loss"].mean()
+        state, _ = case.run(state)
+    after = case.evaluate(state)
+    for cohort in NAMES:
+        assert after[cohort]["loss"].mean() < 0.9 * before[cohort]["loss"].mean()
 
 
-def received(name, state):
-    """What every client of every cohort has in common with the others right after a download."""
-    method, specs = build(name), specs_of(name)
-    ids = tuple(jnp.arange(spec.num_clients, dtype=jnp.int32) for spec in specs)
-    downloads = method.broadcast(specs, jax.random.key(0), state.server, ids, state.round)
-    agrees, out = SENDS[name.split("-")[0]].agrees, []
-    for spec, download, clients in zip(specs, downloads, state.clients):
-        one = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
-        for i in range(spec.num_clients):
-            own = h2.Download(download.common, one(download.personal, i))
-            adapters = method.adapters(spec, state.server, one(clients, i), own)
-            out.append((spec.name, jax.tree.map(np.asarray, agrees(own, adapters))))
-    return out
-
-
-def test_what_is_shared_changes_and_agrees_between_clients(name):
-    third, metrics = run(name, two_rounds(name)[1])
-    assert metrics.rejected == {"narrow": 0, "wide": 0}
-    if SENDS[name.split("-")[0]].agrees is None:
-        leaves = map(jax.tree.leaves, (started(name).server, third.server))
-        changed = any((a != b).any() for a, b in zip(*leaves))
-        assert changed == (build(name).shared is not None)
+def test_what_is_shared_changes_and_agrees_between_clients(case):
+    third, metrics = case.run(case.two_rounds[1])
+    assert metrics.rejected == dict.fromkeys(NAMES, 0)
+    differs = lambda one, other: any(
+        (a != b).any() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other))
+    )
+    if row_of(case.name).agrees is None:
+        changed = differs(case.started.server, third.server)
+        assert changed == (case.method.shared is not None)
         return
-    before, after = received(name, started(name)), received(name, third)
-    first = {}
-    for (cohort, old), (_, new) in zip(before, after):
-        assert any((a != b).any() for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new)))
-        toy.assert_trees_equal(new, first.setdefault(cohort, new))
+    look = case.models(row_of(case.name).agrees, downloaded=True)
+    for old, new in zip(look(case.started), look(third)):
+        for client in range(len(jax.tree.leaves(new)[0])):
+            one = lambda tree, i=client: jax.tree.map(lambda leaf: leaf[i], tree)
+            assert differs(one(old), one(new))
+        toy.assert_trees_equal(new, jax.tree.map(lambda leaf: leaf[:1].repeat(len(leaf), 0), new))
 
 
-def test_nothing_else_leaves_a_client(name):
-    method, specs = build(name), specs_of(name)
-    sends, state = SENDS[name.split("-")[0]], two_rounds(name)[1]
-    ids = tuple(jnp.arange(spec.num_clients, dtype=jnp.int32) for spec in specs)
-    key = jax.random.key(0)
-    downloads = method.broadcast(specs, key, state.server, ids, state.round)
+def test_nothing_else_leaves_a_client(case):
+    method, row, state = case.method, row_of(case.name), case.two_rounds[1]
     one = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
-    args = zip(specs, toy.make_bases(), state.clients, downloads, toy.make_data(specs))
+    bases, all_data, _ = inputs()
+    downloads = case.broadcast(state.server, state.round)
+    args = zip(case.specs, bases, state.clients, downloads, all_data)
     for spec, base, clients, (common, personal), data in args:
         given = one(clients), h2.Download(common, one(personal)), h2.ClientData(*one(data))
-        update = functools.partial(method.client_update, spec, key, base)
+        update = functools.partial(method.client_update, spec, jax.random.key(0), base)
         _, upload, metrics = jax.eval_shape(update, *given, method.hyper, state.round)
         leaves = [leaf for leaf in jax.tree.leaves(upload) if leaf.dtype != bool]
-        assert sorted(leaf.shape for leaf in leaves) == sorted(sends.upload(spec))
+        assert sorted(leaf.shape for leaf in leaves) == sorted(row.upload(spec))
         assert metrics["numbers_up"].shape == metrics["numbers_down"].shape == ()
-        sent = two_rounds(name)[2].clients[spec.name]["numbers_up"]
+        sent = np.asarray(case.two_rounds[2].clients[spec.name]["numbers_up"])
         size = sum(leaf.size for leaf in leaves)
-        assert (sent == size).all() if sends.whole else (sent <= size).all()
+        assert (sent == size).all() if row.whole else (sent <= size).all()
 
     # With rates of zero an upload can only depend on what a client held before.
     def stir(path, leaf):
-        private = any(part in jax.tree_util.keystr(path) for part in sends.private)
+        private = any(part in jax.tree_util.keystr(path) for part in row.private)
         return leaf + np.asarray(0.1, leaf.dtype) if private else leaf
 
     changed = state._replace(clients=jax.tree_util.tree_map_with_path(stir, state.clients))
-    assert not sends.private or any(
+    assert not row.private or any(
         (a != b).any()
         for a, b in zip(jax.tree.leaves(changed.clients), jax.tree.leaves(state.clients))
     )
-    still = method.hyper._replace(
-        **{field: jnp.zeros_like(getattr(method.hyper, field)) for field in method.hyper._fields}
-    )
-    servers = [run(name, each, hyper=still)[0].server for each in (state, changed)]
-    toy.assert_trees_equal(*servers)
+    still = jax.tree.map(jnp.zeros_like, method.hyper)
+    left = []
+    for each in (state, changed):
+        leaves = jax.tree_util.tree_leaves_with_path(case.run(each, hyper=still)[0].server)
+        paths = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+        left.append({p: leaf for p, leaf in paths.items() if not any(s in p for s in row.save)})
+    assert left[0] or method.shared is None
+    toy.assert_trees_equal(*left)

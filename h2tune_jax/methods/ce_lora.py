@@ -1,7 +1,9 @@
 """CE-LoRA (Li et al. 2025, arXiv 2503.23869): dW = scale * A C B, of which only C [r, r] travels.
 
-The server sends client i a mean of its own, sum_j w_ij C_j over the clients of its architecture (itself
-included), w from how alike clients are in their data and in their parameters. A and B stay personal.
+C starts at the identity, and is held and sent as what it has learned, C - I: so weight decay pulls it back
+to its start. The server sends client i a mean of its own, sum_j w_ij C_j over the clients of its
+architecture (itself included), w from how alike clients are in their data and in their parameters. A and B
+stay personal.
 
 The paper's text on both similarities was not at hand; this is our reading.
 
@@ -9,12 +11,11 @@ The paper's text on both similarities was not at hand; this is our reading.
   examples, nothing finer. Two clients are W2^2 = |m_i - m_j|^2 + |s_i - s_j|^2 apart (the Wasserstein
   distance of Gaussians with these moments and independent coordinates), and
   s_data = exp(-W2^2 / its mean over the other clients).
-- Parameters: s_param = cosine of C_i - I and C_j - I, all sites together: of what was learned.
+- Parameters: s_param = cosine of C_i - I and C_j - I, all sites together.
 - w_ij in proportion to w_j exp(((1 - lambda) s_param + lambda s_data) / tau), w_j the client's weight.
 
-C starts at the identity and B at zero, so dW starts at zero; A starts alike within an architecture, as
-averages of C would mean nothing between factors that were drawn apart. Clients that were not sampled count
-with what they last sent.
+B starts at zero, and so does dW; A starts alike within an architecture, as averages of C would mean nothing
+between factors that were drawn apart. Clients that were not sampled count with what they last sent.
 """
 
 from typing import NamedTuple
@@ -26,6 +27,7 @@ import optax
 from h2tune_jax import aggregate
 from h2tune_jax.check import check_positive, check_whole
 from h2tune_jax.method import FederatedMethod
+from h2tune_jax.methods.latest import Latest, for_each, nobody_yet, note_round
 from h2tune_jax.methods.lora import (
     LoraClient,
     Parts,
@@ -33,10 +35,10 @@ from h2tune_jax.methods.lora import (
     assemble,
     check_adapted,
     drift_penalty,
-    init_factors,
-    traffic,
     train,
 )
+from h2tune_jax.methods.start import init_factors, init_head
+from h2tune_jax.methods.traffic import traffic
 from h2tune_jax.training import Schedule
 from h2tune_jax.types import (
     Adapters,
@@ -51,7 +53,7 @@ from h2tune_jax.types import (
     fold_name,
 )
 
-Cores = dict[str, Array]  # by kind: T[Li, r, r]
+Cores = dict[str, Array]  # C - I by kind: T[Li, r, r]
 
 
 class CeLoraUpload(NamedTuple):
@@ -65,8 +67,7 @@ class CeLoraServer(NamedTuple):
     """The factors that an architecture's clients start from, and what each client has last sent."""
 
     start: dict[str, Parts]  # by architecture: "a", "b"
-    sent: tuple[CeLoraUpload, ...]  # a cohort, leaves [C, ...]
-    weights: tuple[Array, ...]  # f32[C] a cohort: how much a client counts; 0 until it is heard
+    latest: tuple[Latest, ...]  # a cohort; what was sent is a `CeLoraUpload`
 
 
 def ce_lora(
@@ -109,21 +110,17 @@ def ce_lora(
 
     def init_server(specs, key, bases, probe) -> CeLoraServer:
         del bases, probe
-        start, sent, weights = {}, [], []
+        start, latest = {}, []
         for spec in specs:
             own = aggregate.architecture(spec)
             start[own] = init_factors(spec, fold_name(key, own))
-            rows = lambda leaf, n=spec.num_clients: jnp.repeat(leaf[None], n, axis=0)
             moments = jnp.zeros((2, spec.model.width), jnp.float32) if data_share > 0 else None
-            first = CeLoraUpload(_identity(spec), moments)
-            sent.append(jax.tree.map(rows, first))
-            weights.append(jnp.zeros(spec.num_clients, jnp.float32))
-        return CeLoraServer(start, tuple(sent), tuple(weights))
+            latest.append(nobody_yet(spec.num_clients, CeLoraUpload(_first_cores(spec), moments)))
+        return CeLoraServer(start, tuple(latest))
 
     def init_client(spec: CohortSpec, key: Array, base: PyTree, download: Download) -> LoraClient:
         del base
-        head = None if spec.init_head_fn is None else spec.init_head_fn(key)
-        params = {**download.common, "c": _identity(spec), "head": head}
+        params = {**download.common, "c": _first_cores(spec), "head": init_head(spec, key)}
         return LoraClient(params, training.start(params))
 
     def broadcast(specs, key, server, client_ids, round_index) -> tuple[Download, ...]:
@@ -133,18 +130,16 @@ def ce_lora(
         for place, (spec, ids) in enumerate(zip(specs, client_ids)):
             own = aggregate.architecture(spec)
             group = groups[own]
-            alike = [server.sent[i] for i in group]
-            everyone = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *alike)
-            weights = jnp.concatenate([server.weights[i] for i in group])
+            alike = [server.latest[i] for i in group]
+            everyone: Latest = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *alike)
             before = sum(specs[i].num_clients for i in group if i < place)
 
-            def mean(client, everyone=everyone, weights=weights, before=before) -> Cores:
+            def mean(client, everyone=everyone, before=before) -> Cores:
                 return personal_mean(
-                    everyone, weights, before + client, data_share=data_share, tau=temperature
+                    *everyone, before + client, data_share=data_share, tau=temperature
                 )
 
-            # One after the other: what a client is sent has the same bits whoever else takes part.
-            downloads.append(Download(server.start[own], jax.lax.map(mean, ids)))
+            downloads.append(Download(server.start[own], for_each(ids, mean)))
         return tuple(downloads)
 
     def client_update(
@@ -165,14 +160,8 @@ def ce_lora(
         specs, key, server, bases, probe, uploads, weights, client_ids, round_index
     ):
         del specs, key, bases, probe, round_index
-        sent, counts = list(server.sent), list(server.weights)
-        for i, upload in enumerate(uploads):
-            if upload is not None:
-                both = aggregate.note_latest(
-                    (sent[i], counts[i]), (upload, weights[i]), client_ids[i], weights[i]
-                )
-                sent[i], counts[i] = both
-        return server._replace(sent=tuple(sent), weights=tuple(counts)), {}
+        latest = note_round(server.latest, uploads, weights, client_ids)
+        return server._replace(latest=latest), {}
 
     def adapters(spec, server, client, download) -> Adapters:
         del server
@@ -210,11 +199,8 @@ def personal_mean(
     known = heard[client]
     similar = jnp.zeros_like(weights)
     if data_share < 1:
-        learned = [
-            (core - jnp.eye(core.shape[-1], dtype=core.dtype)[None, None]).astype(jnp.float32)
-            for core in everyone.cores.values()
-        ]
-        flat = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in learned], axis=1)
+        cores = [core.astype(jnp.float32) for core in everyone.cores.values()]
+        flat = jnp.concatenate([core.reshape(core.shape[0], -1) for core in cores], axis=1)
         norms = jnp.linalg.norm(flat, axis=1)
         both = norms * norms[client]
         cosine = jnp.where(both > 0, flat @ flat[client] / jnp.where(both > 0, both, 1), 0)
@@ -239,10 +225,9 @@ def personal_mean(
     return {kind: mean(cores) for kind, cores in everyone.cores.items()}
 
 
-def _identity(spec: CohortSpec) -> Cores:
-    eye = jnp.eye(spec.rank, dtype=spec.dtype)
-    cores = jnp.broadcast_to(eye, (spec.model.num_layers, spec.rank, spec.rank))
-    return dict.fromkeys(spec.kinds, cores)
+def _first_cores(spec: CohortSpec) -> Cores:
+    none = jnp.zeros((spec.model.num_layers, spec.rank, spec.rank), spec.dtype)
+    return dict.fromkeys(spec.kinds, none)
 
 
 def _moments(spec: CohortSpec, base: PyTree, data: ClientData, num_examples: int) -> Array:

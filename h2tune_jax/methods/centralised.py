@@ -19,11 +19,11 @@ from h2tune_jax.methods.lora import (
     Parts,
     Training,
     assemble,
-    init_params,
-    size,
     train,
 )
-from h2tune_jax.training import Schedule, run_steps, scalar_metrics
+from h2tune_jax.methods.start import init_params
+from h2tune_jax.methods.traffic import count_units, size
+from h2tune_jax.training import Schedule, room, run_steps, scalar_metrics
 from h2tune_jax.types import Budget, ClientData, CohortSpec, Download, PyTree, fold_name
 
 
@@ -88,10 +88,10 @@ def centralised(
 
         once = Budget(batch_size=spec.budget.batch_size, epochs=1, shuffle=False)
         _, metrics = run_steps(once, key, data, (), look)
-        rows = jax.tree.leaves(data.examples)
+        example = sum(leaf[0].size for leaf in jax.tree.leaves(data.examples))
         numbers = {
             "steps": jnp.zeros((), jnp.int32),
-            "numbers_up": data.num_examples * sum(leaf[0].size for leaf in rows),
+            "numbers_up": count_units(data.num_examples, example, most=room(data)),
             "numbers_down": size(download.common),
         }
         return client, CentralUpload(data, hyper), {**metrics, **numbers}

@@ -14,7 +14,7 @@ import optax
 from h2tune_jax import aggregate
 from h2tune_jax.check import check_positive
 from h2tune_jax.method import FederatedMethod
-from h2tune_jax.methods.lora import traffic
+from h2tune_jax.methods.traffic import traffic
 from h2tune_jax.training import descend, run_steps, scalar_metrics
 from h2tune_jax.types import Adapters, Array, Download, FederationError, PyTree, Specs, fold_name
 

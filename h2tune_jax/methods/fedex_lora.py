@@ -9,24 +9,34 @@ the rounding of A and B: the second form of the residual takes them for exact, s
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from h2tune_jax import aggregate
 from h2tune_jax.check import check_whole
 from h2tune_jax.method import FederatedMethod
-from h2tune_jax.methods.ledger import Ledger, append, as_sent, news, open_ledgers
+from h2tune_jax.methods.ledger import (
+    Ledger,
+    LedgerClient,
+    LedgerDownload,
+    add_round,
+    as_had,
+    check_room,
+    fetched,
+    open_ledgers,
+    send,
+)
 from h2tune_jax.methods.lora import (
-    LoraClient,
     Parts,
     Training,
     assemble,
     check_adapted,
     drift_penalty,
-    init_factors,
-    init_params,
-    size,
     train,
 )
+from h2tune_jax.methods.start import init_factors, init_params
+from h2tune_jax.methods.traffic import size
 from h2tune_jax.training import Schedule
 from h2tune_jax.types import Adapters, Download, fold_name
 
@@ -42,7 +52,7 @@ class FedExDownload(NamedTuple):
     """What a cohort is sent."""
 
     factors: Parts
-    ledger: Ledger
+    beside: LedgerDownload
 
 
 def fedex_lora(
@@ -58,12 +68,7 @@ def fedex_lora(
     """Build FedEx-LoRA.
 
     The other options are those of `local`. Heads are personal. Cohorts of one architecture need equal
-    ranks.
-
-    Args:
-      capacity: columns of residuals that stand beside the base before they are merged into a dense
-        delta; at least the sum of a round's ranks. None: as many as all clients bring in a round,
-        within one to four times what the dense delta costs.
+    ranks. `capacity`, and what clients that skipped rounds are evaluated as, is as in `flora`.
     """
     training = Training(
         learning_rate, head_rate, weight_decay, optimizer, optimizer_state, schedule
@@ -72,6 +77,7 @@ def fedex_lora(
 
     def check(specs) -> None:
         check_adapted("fedex_lora", specs)
+        check_room("fedex_lora", specs, capacity)
         aggregate.check_alike("fedex_lora", specs, ("targets", "rank", "alpha", "dtype"))
 
     def init_server(specs, key, bases, probe) -> FedExServer:
@@ -82,34 +88,35 @@ def fedex_lora(
         }
         return FedExServer(factors, open_ledgers(specs, capacity))
 
-    def init_client(spec, key, base, download) -> LoraClient:
+    def init_client(spec, key, base, download) -> LedgerClient:
         del base, download
         params = init_params(spec, key)
-        return LoraClient(params, training.start(params))
+        return LedgerClient(params, training.start(params), jnp.zeros((), jnp.int32))
 
     def broadcast(specs, key, server, client_ids, round_index) -> tuple[Download, ...]:
         del key, client_ids, round_index
-        own = (aggregate.architecture(spec) for spec in specs)
-        return tuple(
-            Download(FedExDownload(server.factors[name], server.ledgers[name]), ()) for name in own
-        )
+        sent = {
+            name: FedExDownload(server.factors[name], send(ledger))
+            for name, ledger in server.ledgers.items()
+        }
+        return tuple(Download(sent[aggregate.architecture(spec)], ()) for spec in specs)
 
     def client_update(
         spec, key, base, client, download, data, hyper, round_index, *, drift_fn=None
     ):
         del round_index
-        factors, ledger = download.common
+        factors, beside = download.common
         params, opt, metrics = train(
             training, spec, key, base, data, hyper, {**client.params, **factors}, client.opt,
-            adapters_fn=lambda params: assemble(spec, params, beside=ledger.sites),
+            adapters_fn=lambda params: assemble(spec, params, beside=beside.sites),
             penalty_fn=drift_penalty(drift_fn, factors),
         )  # fmt: skip
         sent = {"a": params["a"], "b": params["b"]}
         numbers = {
             "numbers_up": size(sent),
-            "numbers_down": size(factors) + news(ledger),
+            "numbers_down": fetched(beside, client.had, also=factors),
         }
-        return LoraClient(params, opt), sent, {**metrics, **numbers}
+        return LedgerClient(params, opt, beside.total), sent, {**metrics, **numbers}
 
     def server_aggregate(
         specs, key, server, bases, probe, uploads, weights, client_ids, round_index
@@ -120,22 +127,19 @@ def fedex_lora(
             for upload, weight in zip(uploads, weights)
         )
         factors = aggregate.mean_by_architecture(specs, parts, server.factors)
-        ledgers = dict(server.ledgers)
-        for name, group in aggregate.architectures(specs).items():
-            centre = factors[name]["a"], factors[name]["b"]
-            stacked = aggregate.stack_products(
-                specs, group, uploads, weights, client_ids, centre=centre
-            )
-            if stacked is not None:
-                ledgers[name] = append(ledgers[name], *stacked)
+        ledgers = add_round(server.ledgers, specs, uploads, weights, client_ids, centres=factors)
         return FedExServer(factors, ledgers), {}
 
     def adapters(spec, server, client, download) -> Adapters:
-        if download is None:
-            ledger = server.ledgers[aggregate.architecture(spec)]
-            return assemble(spec, client.params, beside=as_sent(ledger))
-        factors, ledger = download.common
-        return assemble(spec, {**client.params, **factors}, beside=ledger.sites)
+        if download is not None:
+            factors, beside = download.common
+            return assemble(spec, {**client.params, **factors}, beside=beside.sites)
+        name = aggregate.architecture(spec)
+        beside, gone = as_had(server.ledgers[name], client.had)
+        factors = server.factors[name]
+        own: Parts = {part: client.params[part] for part in factors}
+        held = jax.tree.map(lambda new, old: jnp.where(gone, new, old), factors, own)
+        return assemble(spec, {**client.params, **held}, beside=beside)
 
     return FederatedMethod(
         name="fedex_lora",

@@ -21,10 +21,18 @@ from h2tune_jax.methods.lora import (
     assemble,
     averaging,
     check_adapted,
-    init_factors,
 )
+from h2tune_jax.methods.start import init_factors
 from h2tune_jax.training import Schedule
-from h2tune_jax.types import Adapters, Array, CohortSpec, Download, Specs, fold_name
+from h2tune_jax.types import (
+    Adapters,
+    Array,
+    CohortSpec,
+    Download,
+    FederationError,
+    Specs,
+    fold_name,
+)
 
 
 class FlexServer(NamedTuple):
@@ -45,13 +53,18 @@ def flexlora(
 ) -> FederatedMethod:
     """Build FlexLoRA: every client starts from the best approximation of the mean dW at its own rank.
 
-    The options are those of `local`. Heads are personal. Where dW has fewer directions than a client
-    has columns, the others start as a fresh LoRA's: a drawn column of A, a zero row of B. (Zeros in
-    both, as the SVD gives them, would never train again.)
+    The options are those of `local`; kept optimiser states are refused, as every round's factors are
+    split anew: a column's moments would meet another direction. Heads are personal. Where dW has fewer
+    directions than a client has columns, the others start as a fresh LoRA's: a drawn column of A, a zero
+    row of B. (Zeros in both, as the SVD gives them, would never train again.)
     """
     training = Training(
         learning_rate, head_rate, weight_decay, optimizer, optimizer_state, schedule
     )
+    if training.kept:
+        raise FederationError(
+            "flexlora: factors are split anew every round; use optimizer_state 'restart'"
+        )
     # A client's part of the round is FedIT's.
     client_side = averaging("flexlora", training, shares=("a", "b"))
 

@@ -9,25 +9,35 @@ every client's own adapter restarts from a fresh draw.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from h2tune_jax import aggregate
 from h2tune_jax.check import check_whole
 from h2tune_jax.method import FederatedMethod
-from h2tune_jax.methods.ledger import Ledger, append, as_sent, news, open_ledgers
+from h2tune_jax.methods.ledger import (
+    Ledger,
+    LedgerClient,
+    LedgerDownload,
+    add_round,
+    as_had,
+    check_room,
+    fetched,
+    open_ledgers,
+    send,
+)
 from h2tune_jax.methods.lora import (
-    LoraClient,
+    Parts,
     Training,
     assemble,
     check_adapted,
     drift_penalty,
-    init_factors,
-    init_params,
-    size,
     train,
 )
+from h2tune_jax.methods.start import init_factors, init_params
+from h2tune_jax.methods.traffic import size
 from h2tune_jax.training import Schedule
-from h2tune_jax.types import Adapters, Download, FederationError
+from h2tune_jax.types import Adapters, Array, Download, FederationError, fold_name
 
 
 class FloraServer(NamedTuple):
@@ -50,10 +60,14 @@ def flora(
 
     The other options are those of `local`; kept optimiser states are refused, as adapters restart.
 
+    A client is evaluated as it was trained as long as the delta that it trained beside can be told: that
+    of the last round's clients, and of those before as far as the server's room goes. Another's copy is
+    gone, and it is evaluated as it would be right after a download.
+
     Args:
-      capacity: columns that stand beside the base before they are merged into a dense delta; at least
-        the sum of a round's ranks. None: as many as all clients bring in a round, within one to four
-        times what the dense delta costs.
+      capacity: columns that stand apart before they are merged into a dense delta; at least the sum of a
+        round's ranks. None: as many as all clients bring in a round, or the smaller width of a site
+        where that is less; then every round fits. It costs memory, and no time in training.
     """
     training = Training(
         learning_rate, head_rate, weight_decay, optimizer, optimizer_state, schedule
@@ -64,56 +78,59 @@ def flora(
 
     def check(specs) -> None:
         check_adapted("flora", specs)
+        check_room("flora", specs, capacity)
         aggregate.check_alike("flora", specs, ("targets", "dtype"))
 
     def init_server(specs, key, bases, probe) -> FloraServer:
         del key, bases, probe
         return FloraServer(open_ledgers(specs, capacity))
 
+    def init_client(spec, key, base, download) -> LedgerClient:
+        del base, download
+        return LedgerClient(init_params(spec, key), (), jnp.zeros((), jnp.int32))
+
     def broadcast(specs, key, server, client_ids, round_index) -> tuple[Download, ...]:
         del key, client_ids, round_index
-        return tuple(Download(server.ledgers[aggregate.architecture(spec)], ()) for spec in specs)
+        sent = {name: send(ledger) for name, ledger in server.ledgers.items()}
+        return tuple(Download(sent[aggregate.architecture(spec)], ()) for spec in specs)
 
     def client_update(
         spec, key, base, client, download, data, hyper, round_index, *, drift_fn=None
     ):
         del round_index
-        ledger: Ledger = download.common
-        draw_key, train_key = jax.random.split(key)
-        fresh = init_factors(spec, draw_key)
+        beside: LedgerDownload = download.common
+        fresh = init_factors(spec, fold_name(key, "fresh"))
         params, _, metrics = train(
-            training, spec, train_key, base, data, hyper, {**client.params, **fresh}, (),
-            adapters_fn=lambda params: assemble(spec, params, beside=ledger.sites),
+            training, spec, key, base, data, hyper, {**client.params, **fresh}, (),
+            adapters_fn=lambda params: assemble(spec, params, beside=beside.sites),
             penalty_fn=drift_penalty(drift_fn, fresh),
         )  # fmt: skip
         sent = {"a": params["a"], "b": params["b"]}
-        numbers = {"numbers_up": size(sent), "numbers_down": news(ledger)}
-        return LoraClient(params, ()), sent, {**metrics, **numbers}
+        numbers = {"numbers_up": size(sent), "numbers_down": fetched(beside, client.had)}
+        return LedgerClient(params, (), beside.total), sent, {**metrics, **numbers}
 
     def server_aggregate(
         specs, key, server, bases, probe, uploads, weights, client_ids, round_index
     ):
         del key, bases, probe, round_index
-        ledgers = dict(server.ledgers)
-        for name, group in aggregate.architectures(specs).items():
-            stacked = aggregate.stack_products(specs, group, uploads, weights, client_ids)
-            if stacked is not None:
-                ledgers[name] = append(ledgers[name], *stacked)
-        return FloraServer(ledgers), {}
+        return FloraServer(add_round(server.ledgers, specs, uploads, weights, client_ids)), {}
+
+    def restarted(params: Parts, when: Array | bool) -> Parts:
+        """Right after a download the client's own adapter has restarted: its product is zero."""
+        return {**params, "b": jax.tree.map(lambda b: jnp.where(when, 0, b), params["b"])}
 
     def adapters(spec, server, client, download) -> Adapters:
-        if download is None:
-            ledger = server.ledgers[aggregate.architecture(spec)]
-            return assemble(spec, client.params, beside=as_sent(ledger))
-        # Right after download the client's own adapter has restarted: its product is zero.
-        none = jax.tree.map(lambda b: 0 * b, client.params["b"])
-        return assemble(spec, {**client.params, "b": none}, beside=download.common.sites)
+        if download is not None:
+            return assemble(spec, restarted(client.params, True), beside=download.common.sites)
+        ledger = server.ledgers[aggregate.architecture(spec)]
+        beside, gone = as_had(ledger, client.had)
+        return assemble(spec, restarted(client.params, gone), beside=beside)
 
     return FederatedMethod(
         name="flora",
         hyper=training.hyper(),
         init_server=init_server,
-        init_client=lambda spec, key, base, download: LoraClient(init_params(spec, key), ()),
+        init_client=init_client,
         broadcast=broadcast,
         client_update=client_update,
         reduce=None,

@@ -25,10 +25,10 @@ from h2tune_jax.methods.lora import (
     assemble,
     check_adapted,
     drift_penalty,
-    init_factors,
-    init_params,
     train,
 )
+from h2tune_jax.methods.start import init_factors, init_params
+from h2tune_jax.methods.traffic import count_units
 from h2tune_jax.training import Schedule
 from h2tune_jax.types import (
     Adapters,
@@ -156,7 +156,10 @@ def hetlora(
             params = {**params, **_mask(params, columns < rank)}
         shapes = (spec.model.shapes[kind] for kind in spec.kinds)
         column = spec.model.num_layers * sum(d + f for d, f in shapes)
-        numbers = {"numbers_up": rank * column, "numbers_down": client.rank * column}
+        numbers = {
+            "numbers_up": count_units(rank, column, most=spec.rank),
+            "numbers_down": count_units(client.rank, column, most=spec.rank),
+        }
         sent = {part: params[part] for part in ("a", "b")}
         return HetLoraClient(params, opt, rank), sent, {**metrics, "rank": rank, **numbers}
 

@@ -21,10 +21,10 @@ from h2tune_jax.methods.lora import (
     assemble,
     check_adapted,
     drift_penalty,
-    init_factors,
-    traffic,
     train,
 )
+from h2tune_jax.methods.start import init_factors, init_params
+from h2tune_jax.methods.traffic import traffic
 from h2tune_jax.types import (
     Adapters,
     Array,
@@ -117,11 +117,8 @@ def layer_subsets(
         return LayerServer(factors, heads, accounts)
 
     def init_client(spec: CohortSpec, key: Array, base: PyTree, download: Download) -> LoraClient:
-        del base
-        # Nothing is added to the base until the first download.
-        params: Parts = jax.tree.map(jnp.zeros_like, download.common.factors)
-        head = None if spec.init_head_fn is None else spec.init_head_fn(key)
-        return LoraClient({**params, "head": head}, ())
+        del base, download
+        return LoraClient(init_params(spec, key), ())
 
     def broadcast(specs, key, server, client_ids, round_index) -> tuple[Download, ...]:
         del round_index

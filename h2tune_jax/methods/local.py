@@ -7,10 +7,10 @@ from h2tune_jax.methods.lora import (
     LoraClient,
     Training,
     assemble,
-    init_params,
-    traffic,
     train,
 )
+from h2tune_jax.methods.start import init_params
+from h2tune_jax.methods.traffic import traffic
 from h2tune_jax.training import Schedule
 from h2tune_jax.types import Download
 

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from h2tune_jax import aggregate
-from h2tune_jax.adapters import triple
 from h2tune_jax.adapters.beside import Beside
 from h2tune_jax.adapters.site import SiteAdapter
 from h2tune_jax.check import check_choice, check_not_negative, check_positive
 from h2tune_jax.method import DriftFn, FederatedMethod
+from h2tune_jax.methods.start import Parts, init_factors, init_params
+from h2tune_jax.methods.traffic import traffic
 from h2tune_jax.training import Schedule, descend, pace, run_steps, scalar_metrics
 from h2tune_jax.types import (
     Adapters,
@@ -32,8 +33,6 @@ from h2tune_jax.types import (
     Specs,
     fold_name,
 )
-
-Parts = dict[str, Any]  # "a", "b": by kind T[Li, D, r], T[Li, r, F]; "head"; what else there is
 
 
 class LoraHyper(NamedTuple):
@@ -101,32 +100,11 @@ class Training:
         return self.transform.init(parts) if self.kept else ()
 
 
-def init_factors(spec: CohortSpec, key: Array, rank: int | None = None) -> Parts:
-    """Draw {"a", "b"} with dW = 0; the same key gives the same factors to all of equal shapes."""
-    factors: Parts = {"a": {}, "b": {}}
-    for kind in spec.kinds:
-        factors["a"][kind], factors["b"][kind] = triple.init(
-            fold_name(key, kind),
-            spec.model.num_layers,
-            *spec.model.shapes[kind],
-            spec.rank if rank is None else rank,
-            dtype=spec.dtype,
-        )
-    return factors
-
-
-def init_params(spec: CohortSpec, key: Array) -> Parts:
-    """Draw one client's factors and head."""
-    factor_key, head_key = jax.random.split(key)
-    head = None if spec.init_head_fn is None else spec.init_head_fn(head_key)
-    return {**init_factors(spec, factor_key), "head": head}
-
-
 def assemble(
     spec: CohortSpec,
     parts: Parts,
     *,
-    core: dict[str, Array] | None = None,  # by kind: T[Li, r, r]; dW = scale * A core B
+    core: dict[str, Array] | None = None,  # by kind: T[Li, r, r]; dW = scale * A (I + core) B
     beside: dict[str, Beside] | None = None,  # by kind: what a server has folded in
 ) -> Adapters:
     """Put a client's parts together as a loss function sees them."""
@@ -137,7 +115,6 @@ def assemble(
             b=parts["b"][kind],
             beside=None if beside is None else beside[kind],
             scale=spec.scale,
-            residual=core is None,
             dropout=spec.dropout,
             kernels=spec.kernels,
         )
@@ -312,13 +289,3 @@ def check_adapted(method: str, specs: Specs) -> None:
 
 def _only(parts: Parts, names: tuple[str, ...]) -> Parts:
     return {name: parts[name] for name in names}
-
-
-def size(tree: PyTree) -> Array:  # i32[]
-    """Count the numbers in a tree."""
-    return jnp.asarray(sum(leaf.size for leaf in jax.tree.leaves(tree)), jnp.int32)
-
-
-def traffic(*, up: PyTree, down: PyTree) -> dict[str, Array]:
-    """Count what travels, where all of two trees does."""
-    return {"numbers_up": size(up), "numbers_down": size(down)}

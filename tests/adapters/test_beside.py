@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_base
 
 import h2tune_jax as h2
-from h2tune_jax.adapters.beside import Beside, total
+from h2tune_jax.adapters.beside import Beside, add, total
 from h2tune_jax.models.families import family_of
 from h2tune_jax.models.tensors import get_leaf
 
@@ -51,6 +51,34 @@ def test_a_small_delta_is_not_lost_in_16_bits():
     y = h2.adapted(x, w, jax.tree.map(lambda leaf: leaf[0], site))
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(y, np.float32), [[2e-3, 0]], rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_part_of_it_is_what_a_client_had(dtype):
+    rng = np.random.default_rng(4)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    folded = Beside(dense=draw(2, 6, 5), u=draw(2, 6, 3), v=draw(2, 3, 5))
+    x, w = draw(4, 6).astype(dtype), draw(6, 5).astype(dtype)
+    exact = lambda leaf: np.asarray(leaf, np.float64)
+    for has in ([1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]):
+        part = jnp.broadcast_to(jnp.asarray(has, bool), (2, 4))
+        some = dataclasses.replace(folded, part=part)
+        columns = exact(folded.u) * np.asarray(has[:3]) @ exact(folded.v)
+        expected = exact(folded.dense) * has[3] + columns
+        np.testing.assert_allclose(total(some), expected, rtol=1e-5, atol=1e-5)
+        one = jax.tree.map(lambda leaf: leaf[1], some)
+        y, whole = add(x, w, one), exact(x) @ (exact(w) + expected[1])
+        assert y.dtype == dtype
+        rounding = 1e-5 if dtype == "float32" else 0.1
+        np.testing.assert_allclose(exact(y), whole, rtol=rounding, atol=rounding)
+    alone = Beside(dense=folded.dense)
+    np.testing.assert_array_equal(total(alone), folded.dense)
+    np.testing.assert_allclose(
+        add(x, w, jax.tree.map(lambda leaf: leaf[0], alone)).astype(jnp.float32),
+        exact(x) @ (exact(w) + exact(folded.dense[0])),
+        rtol=rounding,
+        atol=rounding,
+    )
 
 
 def test_dropout_is_of_the_adapters_input_alone():

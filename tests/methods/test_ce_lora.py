@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import toy
 
@@ -15,7 +16,7 @@ from h2tune_jax.methods.ce_lora import CeLoraUpload, personal_mean
 def everyone(seed=0, clients=5):
     """What five clients have sent, two kinds of sites; the last was not heard."""
     rng = np.random.default_rng(seed)
-    cores = {kind: np.eye(2) + 0.3 * rng.normal(size=(clients, 3, 2, 2)) for kind in ("q", "up")}
+    cores = {kind: 0.3 * rng.normal(size=(clients, 3, 2, 2)) for kind in ("q", "up")}  # C - I
     moments, weights = rng.normal(size=(clients, 2, 4)), rng.uniform(0.5, 2, clients)
     weights[-1], moments[-1] = 0.0, 0.0
     return cores, moments, weights
@@ -26,7 +27,7 @@ def everyone(seed=0, clients=5):
 def test_personal_means(data_share, client):
     cores, moments, weights = everyone()
     tau = 0.3
-    learned = np.concatenate([(c - np.eye(2)).reshape(5, -1) for c in cores.values()], axis=1)
+    learned = np.concatenate([c.reshape(5, -1) for c in cores.values()], axis=1)
     norms = np.linalg.norm(learned, axis=1)
     cosine = learned @ learned[client] / norms / norms[client]
     apart = np.square(moments - moments[client]).sum(axis=(1, 2))
@@ -68,28 +69,26 @@ def test_a_round_of_it():
     after, metrics = round_fn(state, bases, datas, None, weights, method.hyper, toy.SEED)
     # Those who count are on the server as they left local training, with the moments of their data.
     for place in (0, 2):
-        assert (after.server.weights[place] == 1).all()
-    np.testing.assert_array_equal(after.server.weights[1], [1, 0, 2])
-    for kind, rows in after.server.sent[1].cores.items():
+        assert (after.server.latest[place].weights == 1).all()
+    np.testing.assert_array_equal(after.server.latest[1].weights, [1, 0, 2])
+    for kind, rows in after.server.latest[1].sent.cores.items():
         own = after.clients[1].params["c"][kind]
         np.testing.assert_array_equal(rows[jnp.asarray([0, 2])], own[jnp.asarray([0, 2])])
-        np.testing.assert_array_equal(rows[1], state.server.sent[1].cores[kind][1])
-        assert np.abs(rows[0] - np.eye(4)[None]).max() > 0
+        np.testing.assert_array_equal(rows[1], 0)
+        assert np.abs(rows[0]).max() > 0
     held = int(datas[1].num_examples[2])
     hidden = toy.layer_outputs(bases[1], datas[1].examples["x"][2, :held])[-1]
     expected = np.stack([hidden.mean(axis=0), hidden.std(axis=0)])
-    np.testing.assert_allclose(after.server.sent[1].moments[2], expected, rtol=1e-4, atol=1e-5)
+    moments = after.server.latest[1].sent.moments[2]
+    np.testing.assert_allclose(moments, expected, rtol=1e-4, atol=1e-5)
     # [3, 4, 4] of one kind, and two moments of width 12.
-    assert (metrics.clients["wide"]["numbers_up"] == 48 + 24).all()
-    assert (metrics.clients["wide"]["numbers_down"] == 48).all()
+    np.testing.assert_array_equal(metrics.clients["wide"]["numbers_up"], [48 + 24] * 3)
+    np.testing.assert_array_equal(metrics.clients["wide"]["numbers_down"], [48] * 3)
     # The next download mixes both cohorts of the architecture, for each client its own way.
     ids = jnp.arange(5), jnp.arange(3), jnp.arange(2)
     sends = method.broadcast(specs, jax.random.key(0), after.server, ids, after.round)
-    pooled = jax.tree.map(
-        lambda *leaves: jnp.concatenate(leaves), after.server.sent[1], after.server.sent[2]
-    )
-    counts = jnp.concatenate([after.server.weights[1], after.server.weights[2]])
-    want = personal_mean(pooled, counts, jnp.int32(4), data_share=0.5, tau=0.5)
+    pooled = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *after.server.latest[1:])
+    want = personal_mean(*pooled, jnp.int32(4), data_share=0.5, tau=0.5)
     np.testing.assert_allclose(sends[2].personal["q"][1], want["q"], rtol=1e-5, atol=1e-6)
     assert np.abs(sends[2].personal["q"][0] - sends[2].personal["q"][1]).max() > 0
 
@@ -102,10 +101,26 @@ def test_the_product_is_a_c_b():
     a, b = (leaf[0] for leaf in site.fold())
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 12)), jnp.float32)
     one = jax.tree.map(lambda leaf: leaf[0], site)
-    expected = x @ client.params["a"]["q"][0] @ client.params["c"]["q"][0]
+    expected = x @ client.params["a"]["q"][0] @ (np.eye(4) + client.params["c"]["q"][0])
     expected = 4.0 * expected @ client.params["b"]["q"][0]
     np.testing.assert_allclose(h2.adapted(x, 0 * a @ b, one), expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(4.0 * x @ a @ b, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weight_decay_pulls_c_to_the_identity():
+    specs = toy.make_specs(loss_fn=lambda adapters, base, batch, key: (jnp.zeros(()), {}))
+    options = {"learning_rate": 0.5, "weight_decay": 0.5, "optimizer": optax.identity()}
+    method = h2.ce_lora(**options, data_share=0.0)
+    client = jax.tree.map(lambda leaf: leaf[0], toy.start(method, specs).clients[1])
+    data = h2.ClientData({"x": jnp.zeros((4, 1))}, jnp.asarray(4))
+    cores = jax.tree.map(lambda leaf: leaf + 0.8, client.params["c"])
+    given = jax.random.key(1), None, client, h2.Download((), cores), data, method.hyper
+    client, upload, _ = method.client_update(specs[1], *given, jnp.zeros((), jnp.int32))
+    # One step takes a quarter of what is decayed.
+    np.testing.assert_allclose(upload.cores["q"], 0.6, rtol=1e-6)
+    site = method.adapters(specs[1], None, client, None).sites["q"]
+    np.testing.assert_allclose(site.core, 0.6, rtol=1e-6)
+    assert site.residual
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,14 @@ import h2tune_jax as h2
 from h2tune_jax.adapters.gated import Branch, GatedSite
 from h2tune_jax.aggregate import architecture, note_latest
 from h2tune_jax.methods.co_lora.align import aligned_layers, fit_factors
-from h2tune_jax.methods.co_lora.state import CoLoraServer, hear, similarity, sketch
+from h2tune_jax.methods.co_lora.state import (
+    CoLoraServer,
+    CoLoraUpload,
+    hear,
+    similarity,
+    sketch,
+)
+from h2tune_jax.methods.latest import Latest
 
 
 def draw(seed, *shape):
@@ -100,7 +107,8 @@ def server_of(specs, seed=0):
         rows[2] = 0.0
     start = lambda own: jax.tree.map(lambda rows: 7 + 0 * rows[0], {n: own[n] for n in "ab"})
     frozen = {architecture(spec): {"start": start(own)} for spec, own in zip(specs, parts)}
-    return CoLoraServer(frozen, tuple(parts), tuple(sketches), tuple(weights))
+    sent = (CoLoraUpload(*both) for both in zip(parts, sketches))
+    return CoLoraServer(frozen, tuple(Latest(*both) for both in zip(sent, weights)))
 
 
 @pytest.mark.parametrize(("place", "client"), [(0, 1), (0, 2), (1, 0)])
@@ -109,14 +117,15 @@ def test_a_client_hears_the_others_by_similarity_and_weight(place, client):
     specs = (*make_specs(), dataclasses.replace(make_specs()[1], name="again", num_clients=2))
     server, tau = server_of(specs), 0.7
     everyone = [(c, i) for c, spec in enumerate(specs) for i in range(spec.num_clients)]
-    vector = lambda c, i, kinds: np.concatenate([server.sketches[c][k][i] for k in kinds])
+    sketches = [latest.sent.sketch for latest in server.latest]
+    vector = lambda c, i, kinds: np.concatenate([sketches[c][k][i] for k in kinds])
     share = {}
     for c, i in everyone:
-        kinds = sorted(set(server.sketches[c]) & set(server.sketches[place]))
+        kinds = sorted(set(sketches[c]) & set(sketches[place]))
         one, other = vector(place, client, kinds), vector(c, i, kinds)
         norms = np.linalg.norm(one) * np.linalg.norm(other)
         similar = one @ other / norms if norms > 0 else 0.0
-        share[c, i] = 0 if (c, i) == (place, client) else server.weights[c][i]
+        share[c, i] = 0 if (c, i) == (place, client) else server.latest[c].weights[i]
         share[c, i] *= np.exp(similar / tau)
     heard = hear(specs, server, place, jnp.int32(client), tau)
     for name in "pqab":
@@ -126,7 +135,7 @@ def test_a_client_hears_the_others_by_similarity_and_weight(place, client):
                 for c, i in everyone
                 if kind in specs[c].kinds and (name in "pq" or (c == 0) == (place == 0))
             ]
-            rows = [server.parts[c][name][kind][i] for c, i in near]
+            rows = [server.latest[c].sent.parts[name][kind][i] for c, i in near]
             expected = np.average(rows, axis=0, weights=[share[at] for at in near])
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -134,10 +143,9 @@ def test_a_client_hears_the_others_by_similarity_and_weight(place, client):
 def test_silence_is_the_start_and_similar_to_nobody():
     specs = make_specs()
     server = server_of(specs)
-    server = server._replace(**jax.tree.map(np.zeros_like, {
-        name: getattr(server, name) for name in ("parts", "sketches", "weights")
-    }))  # fmt: skip
-    for leaf in jax.tree.leaves(similarity(specs, server.sketches, 0, jnp.int32(0))):
+    server = server._replace(latest=jax.tree.map(np.zeros_like, server.latest))
+    sketches = tuple(latest.sent.sketch for latest in server.latest)
+    for leaf in jax.tree.leaves(similarity(specs, sketches, 0, jnp.int32(0))):
         np.testing.assert_array_equal(leaf, 0)
     for name, parts in hear(specs, server, 0, jnp.int32(0), 1.0).items():
         for leaf in parts.values():
@@ -189,13 +197,13 @@ def test_a_round_of_it(num_blocks, kept):
     # The frozen factors stay; what counted clients sent is on the server as they left it.
     toy.assert_trees_equal(state.server.frozen, first.server.frozen)
     for place in (0, 1):
-        sent, own = state.server.parts[place], state.clients[place].params
+        sent, own = state.server.latest[place].sent.parts, state.clients[place].params
         for name in "pqab":
             for kind, rows in sent[name].items():
                 np.testing.assert_array_equal(rows[0], own[name][kind][0])
                 assert np.abs(rows[0]).max() > 0
-    np.testing.assert_array_equal(state.server.parts[0]["p"]["q"][1], 0)
-    np.testing.assert_array_equal(state.server.weights[0], [1, 0, 1, 1, 1])
+    np.testing.assert_array_equal(state.server.latest[0].sent.parts["p"]["q"][1], 0)
+    np.testing.assert_array_equal(state.server.latest[0].weights, [1, 0, 1, 1, 1])
     assert metrics.server["heard"] == 7
     # What travels, counted by hand: "narrow" has two kinds of width 8 and 2 layers.
     aligned, others = num_blocks * (4 + 2), (2 - num_blocks) * 2 * 8 * 2
@@ -209,9 +217,10 @@ def test_a_round_of_it(num_blocks, kept):
 def test_the_shared_branch_carries_what_others_learned():
     specs, method, _, state, _ = trained(num_blocks=1, optimizer_state="restart")
     evaluate = h2.make_evaluate(method, specs, batch_size=4, moment="downloaded")
-    silent = state._replace(
-        server=state.server._replace(weights=jax.tree.map(jnp.zeros_like, state.server.weights))
+    unheard = tuple(
+        one._replace(weights=jnp.zeros_like(one.weights)) for one in state.server.latest
     )
+    silent = state._replace(server=state.server._replace(latest=unheard))
     data = toy.make_data(specs)
     with_others = evaluate(state, toy.make_bases(), data)["wide"]["loss"]
     alone = evaluate(silent, toy.make_bases(), data)["wide"]["loss"]

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import toy
 
@@ -18,7 +19,8 @@ from h2tune_jax.methods.fed_hello.allocation import (
 )
 from h2tune_jax.methods.fed_hello.fisher import layer_scores
 from h2tune_jax.methods.layer_subsets import LayerUpload, draw_layers
-from h2tune_jax.methods.lora import assemble, init_factors
+from h2tune_jax.methods.lora import assemble
+from h2tune_jax.methods.start import init_factors
 from h2tune_jax.tasks import losses
 
 
@@ -110,8 +112,8 @@ def test_a_layer_that_nobody_trained_stays():
     assert np.abs(b[0]).max() > 0
     np.testing.assert_array_equal(b[2:], 0)
     # Half of four layers of one kind: 2 * (8 * 2 + 2 * 8), and which they are.
-    assert (metrics.clients["few"]["numbers_up"] == 2 * 32 + 2).all()
-    assert (metrics.clients["few"]["numbers_down"] == 4 * 32 + 2).all()
+    np.testing.assert_array_equal(metrics.clients["few"]["numbers_up"], [2 * 32 + 2] * 3)
+    np.testing.assert_array_equal(metrics.clients["few"]["numbers_down"], [4 * 32 + 2] * 3)
 
 
 def test_untrained_layers_have_no_optimiser_state():
@@ -269,6 +271,25 @@ def test_scores_are_taken_when_it_is_time_and_then_used():
     drawn = [send(jax.random.key(seed))[0].personal.ravel() for seed in range(500)]
     seen = np.bincount(np.concatenate(drawn), minlength=4) / 1500
     np.testing.assert_allclose(seen, np.array([1, 1, 3, 2]) / 7, atol=4 * 0.5 / 1500**0.5)
+
+
+def test_scores_are_those_of_what_a_server_optimiser_leaves():
+    specs = make_specs()
+    one = jax.tree.map(lambda leaf: leaf[0], data()[0].examples)
+    options = {"allocation": "fim", "heads": "shared", "fim_warmup": 1, "fim_every": 1}
+    method = h2.server_optimizer(h2.fed_hello(**options), optax.sgd(3.0))
+    server = method.init_server(specs, jax.random.key(0), None, None)
+    sums = []
+    for place, spec in enumerate(specs):
+        factors = {name: draw(place, 2, 8, 2) for name in ("a", "b")}
+        moved = {"a": {"q": factors["a"]}, "b": {"q": factors["b"].mT}}
+        layers = jnp.asarray([0, 2], jnp.int32)
+        sums.append(method.reduce(spec, LayerUpload(moved, layers, draw(9, 8, 3)), jnp.float32(1)))
+    rest = tuple(sums), None, None, jnp.int32(0)
+    after, _ = method.server_aggregate(specs, None, server, (base(),) * 2, (one, None), *rest)
+    ((own, factors),) = after.inner.factors.items()
+    wanted = layer_scores(specs[0], base(), factors, after.inner.heads["few"], one, "logit")
+    np.testing.assert_allclose(after.inner.accounts[own].scores, wanted, rtol=1e-4)
 
 
 def test_heads_are_shared_by_those_who_were_given_the_same_maker():

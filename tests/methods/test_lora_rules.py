@@ -321,3 +321,5 @@ def test_options_out_of_range_are_refused():
             h2.hetlora(**options)
     with pytest.raises(h2.FederationError, match="budget"):
         h2.centralised(budget="some")
+    with pytest.raises(h2.FederationError, match=r"flexlora: .* use optimizer_state 'restart'"):
+        h2.flexlora(optimizer_state="kept")

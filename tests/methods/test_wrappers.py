@@ -164,6 +164,44 @@ def test_a_round_in_which_nobody_counts_moves_nothing():
     toy.assert_trees_equal(still, server)
 
 
+@pytest.mark.parametrize("transformation", [optax.sgd(1.0, momentum=0.9), optax.adam(0.1)])
+def test_a_round_that_an_architecture_missed_is_none_for_it(transformation):
+    method, specs = h2.server_optimizer(h2.fedit(), transformation), bench.twins()
+    narrow, wide = (aggregate.architecture(specs[place]) for place in (0, 2))
+
+    def path(*rounds):
+        """The server after each of these rounds; of some the second architecture's clients."""
+        server = bench.start(method, specs)
+        for round_index, everyone in rounds:
+            uploads = bench.uploads_of(specs, seed=round_index)
+            uploads = uploads if everyone else (*uploads[:2], None)
+            server, _ = bench.aggregate(method, specs, server, uploads, WEIGHTS, round_index)
+        return server
+
+    with_it, without = path((0, True), (1, False), (2, True)), path((0, True), (2, True))
+    of = lambda server, name: (server.inner.factors[name], server.opts["factors"][name])
+    toy.assert_trees_equal(of(with_it, wide), of(without, wide))
+    everyone = path((0, True), (1, True), (2, True))
+    toy.assert_trees_equal(of(with_it, narrow), of(everyone, narrow))
+
+
+def test_entries_that_nobody_brought_keep_value_and_momentum():
+    plain = h2.hetlora(weighting="given", gamma=1.0)
+    method = h2.server_optimizer(plain, optax.sgd(0.5, momentum=0.9))
+    specs = bench.twins(ranks=(2, 5))
+    uploads = bench.uploads_of(specs)
+    first, _ = bench.aggregate(method, specs, bench.start(method, specs), uploads, WEIGHTS)
+    few = bench.uploads_of(specs, seed=1)[0], None, None
+    second, _ = bench.aggregate(method, specs, first, few, WEIGHTS)
+    name = aggregate.architecture(specs[0])
+    for of in (lambda s: s.inner.factors[name], lambda s: s.opts["factors"][name][0].trace):
+        old, new = of(first), of(second)
+        # Those of the round hold two columns of five.
+        toy.assert_trees_equal(new["a"]["q"][:, :, 2:], old["a"]["q"][:, :, 2:])
+        toy.assert_trees_equal(new["b"]["q"][:, 2:], old["b"]["q"][:, 2:])
+        assert (new["a"]["q"][:, :, :2] != old["a"]["q"][:, :, :2]).all()
+
+
 def test_what_is_not_averaged_is_left_alone_or_refused():
     method = h2.server_optimizer(h2.ffa_lora(), optax.adam(0.1))
     specs = bench.twins()

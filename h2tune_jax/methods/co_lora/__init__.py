@@ -39,7 +39,10 @@ from h2tune_jax.methods.co_lora.state import (
     sketch,
     sketch_size,
 )
-from h2tune_jax.methods.lora import Training, check_adapted, drift_penalty, size, train
+from h2tune_jax.methods.latest import for_each, nobody_yet, note_round
+from h2tune_jax.methods.lora import Training, check_adapted, drift_penalty, train
+from h2tune_jax.methods.start import init_head
+from h2tune_jax.methods.traffic import traffic
 from h2tune_jax.training import Schedule
 from h2tune_jax.types import (
     Adapters,
@@ -110,29 +113,24 @@ def co_lora(
                 )
 
     def init_server(specs, key, bases, probe) -> CoLoraServer:
-        fit_key, start_key = jax.random.split(key)
         blocks = blocks_of(specs)
-        frozen: dict[str, Parts] = fit_factors(specs, fit_key, bases, probe, blocks)
-        parts, sketches, weights = [], [], []
+        frozen: dict[str, Parts] = fit_factors(specs, fold_name(key, "fit"), bases, probe, blocks)
+        latest = []
         for spec in specs:
             name = aggregate.architecture(spec)
             own = frozen[name]
-            own["start"] = start_factors(spec, fold_name(start_key, name), blocks)
+            own["start"] = start_factors(spec, fold_name(key, name), blocks)
             silent = jax.tree.map(jnp.zeros_like, start_parts(spec, own))
-            stack = lambda leaf, n=spec.num_clients: jnp.zeros((n, *leaf.shape), leaf.dtype)
-            parts.append(jax.tree.map(stack, silent))
-            numbers = sketch_size(sketch_numbers, blocks, spec.rank)
-            rows = jnp.zeros((spec.num_clients, numbers), jnp.float32)
-            sketches.append(dict.fromkeys(spec.kinds, rows))
-            weights.append(rows[:, 0])
-        return CoLoraServer(frozen, tuple(parts), tuple(sketches), tuple(weights))
+            none = jnp.zeros(sketch_size(sketch_numbers, blocks, spec.rank), jnp.float32)
+            first = CoLoraUpload(silent, dict.fromkeys(spec.kinds, none))
+            latest.append(nobody_yet(spec.num_clients, first))
+        return CoLoraServer(frozen, tuple(latest))
 
     def broadcast(specs, key, server, client_ids, round_index) -> tuple[Download, ...]:
         del key, round_index
         downloads = []
         for place, (spec, ids) in enumerate(zip(specs, client_ids)):
-            # One after the other: what a client is sent has the same bits whoever else takes part.
-            own = jax.lax.map(lambda i, at=place: hear(specs, server, at, i, temperature), ids)
+            own = for_each(ids, lambda i, at=place: hear(specs, server, at, i, temperature))
             downloads.append(Download(server.frozen[aggregate.architecture(spec)], own))
         return tuple(downloads)
 
@@ -143,7 +141,7 @@ def co_lora(
         params = {
             **start,
             "gate": {kind: jnp.zeros(shape, spec.dtype) for kind in spec.kinds},
-            "head": None if spec.init_head_fn is None else spec.init_head_fn(key),
+            "head": init_head(spec, key),
         }
         return CoLoraClient(params, start, training.start(params))
 
@@ -162,24 +160,15 @@ def co_lora(
         )  # fmt: skip
         sent = CoLoraUpload(travelling(params), sketch(noted, spec.kinds, sketch_numbers))
         client = CoLoraClient(params, heard, after if training.kept else ())
-        return client, sent, {**metrics, "numbers_up": size(sent), "numbers_down": size(heard)}
+        return client, sent, {**metrics, **traffic(up=sent, down=heard)}
 
     def server_aggregate(
         specs, key, server, bases, probe, uploads, weights, client_ids, round_index
     ):
         del key, bases, probe, round_index
-        parts, sketches, counts = map(list, server[1:])
-        for i, upload in enumerate(uploads):
-            if upload is not None:
-                parts[i], sketches[i], counts[i] = aggregate.note_latest(
-                    (parts[i], sketches[i], counts[i]),
-                    (*upload, weights[i]),
-                    client_ids[i],
-                    weights[i],
-                )
-        heard = sum((count > 0).sum(dtype=jnp.int32) for count in counts)
-        server = CoLoraServer(server.frozen, tuple(parts), tuple(sketches), tuple(counts))
-        return server, {"heard": heard}
+        latest = note_round(server.latest, uploads, weights, client_ids)
+        heard = sum((one.weights > 0).sum(dtype=jnp.int32) for one in latest)
+        return server._replace(latest=latest), {"heard": heard}
 
     def adapters(spec, server, client, download) -> Adapters:
         frozen = server.frozen[aggregate.architecture(spec)]

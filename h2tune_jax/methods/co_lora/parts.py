@@ -1,24 +1,28 @@
 """A Co-LoRA client's parts: their start, which of them travel, and the adapters that they make."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from h2tune_jax.adapters import triple
 from h2tune_jax.adapters.gated import Branch, GatedSite
 from h2tune_jax.methods.co_lora.align import aligned_layers
 from h2tune_jax.methods.co_lora.state import Parts
-from h2tune_jax.types import Adapters, Array, CohortSpec, fold_name
+from h2tune_jax.methods.start import init_factors
+from h2tune_jax.types import Adapters, Array, CohortSpec
 
 
 def start_factors(spec: CohortSpec, key: Array, num_blocks: int) -> Parts:
     """Draw the plain LoRA of the layers that are not aligned, the same for all of an architecture."""
-    others = spec.model.num_layers - num_blocks
-    factors: Parts = {"a": {}, "b": {}}
-    for kind in spec.kinds if others else ():
-        factors["a"][kind], factors["b"][kind] = triple.init(
-            fold_name(key, kind), others, *spec.model.shapes[kind], spec.rank, dtype=spec.dtype
-        )
-    return factors
+    others = other_layers(spec, num_blocks)
+    if not others.size:
+        return {"a": {}, "b": {}}
+    return jax.tree.map(lambda leaf: leaf[others], init_factors(spec, key))
+
+
+def other_layers(spec: CohortSpec, num_blocks: int) -> np.ndarray:  # i64[Li - blocks]
+    """Return the layers that are not aligned."""
+    layers = spec.model.num_layers
+    return np.setdiff1d(np.arange(layers), aligned_layers(layers, num_blocks))
 
 
 def start_parts(spec: CohortSpec, frozen: Parts) -> Parts:
@@ -39,8 +43,9 @@ def assemble(spec: CohortSpec, frozen: Parts, params: Parts, heard: Parts) -> Ad
     """Put both branches of every layer together."""
     sites = {}
     for kind in spec.kinds:
-        aligned = aligned_layers(spec.model.num_layers, frozen["a"][kind].shape[0])
-        others = np.setdiff1d(np.arange(spec.model.num_layers), aligned)
+        blocks = frozen["a"][kind].shape[0]
+        aligned = aligned_layers(spec.model.num_layers, blocks)
+        others = other_layers(spec, blocks)
         order = np.argsort(np.concatenate([aligned, others]))
         eye = jnp.broadcast_to(
             jnp.eye(spec.rank, dtype=spec.dtype), (len(others), *(spec.rank,) * 2)

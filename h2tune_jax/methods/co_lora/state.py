@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from h2tune_jax import aggregate
+from h2tune_jax.methods.latest import Latest
 from h2tune_jax.types import Array, PyTree, Specs, at_least_float32
 
 Parts = dict[str, Any]
@@ -17,12 +18,8 @@ Parts = dict[str, Any]
 class CoLoraServer(NamedTuple):
     """The frozen factors, and what every client of the federation has last sent."""
 
-    frozen: dict[
-        str, Parts
-    ]  # by architecture: "a", "b" of the aligned layers, "start" of the others
-    parts: tuple[Parts, ...]  # a cohort: as `Parts`, leaves [C, ...]
-    sketches: tuple[dict[str, Array], ...]  # a cohort, by kind: f32[C, s]
-    weights: tuple[Array, ...]  # f32[C] a cohort: how much a client counts; 0 until it is heard
+    frozen: dict[str, Parts]  # by architecture: "a", "b" where layers meet, "start" elsewhere
+    latest: tuple[Latest, ...]  # a cohort; what was sent is a `CoLoraUpload`
 
 
 class CoLoraUpload(NamedTuple):
@@ -68,22 +65,24 @@ def hear(
     architecture that have the kind, the other layers' factors over the same architecture. Where nobody
     else was heard: what everyone starts from, which adds nothing.
     """
-    similar = similarity(specs, server.sketches, place, client)
+    latest = server.latest
+    similar = similarity(specs, tuple(one.sent.sketch for one in latest), place, client)
     shares = []
-    for other, (sim, weight) in enumerate(zip(similar, server.weights)):
+    for other, (sim, weight) in enumerate(zip(similar, (one.weights for one in latest))):
         # Cosines are at most 1: no larger exponent is met, and none overflows.
         share = weight * jnp.exp((sim - 1) / temperature)
         shares.append(share.at[client].set(0) if other == place else share)
     own = aggregate.architecture(specs[place])
     alike = [aggregate.architecture(spec) == own for spec in specs]
+    parts: list[Parts] = [one.sent.parts for one in latest]
 
     def mix(name: str, kind: str) -> Array:
         holders = [
             i
             for i in range(len(specs))
-            if kind in server.parts[i][name] and (name in ("p", "q") or alike[i])
+            if kind in parts[i][name] and (name in ("p", "q") or alike[i])
         ]
-        leaves = [server.parts[i][name][kind] for i in holders]
+        leaves = [parts[i][name][kind] for i in holders]
         dtype = at_least_float32(leaves[0].dtype)
         mixed = jnp.zeros(leaves[0].shape[1:], dtype)
         for i, leaf in zip(holders, leaves):
@@ -94,7 +93,7 @@ def hear(
             return mixed  # zeros
         return jnp.where(total > 0, mixed, server.frozen[own]["start"][name][kind])
 
-    return {name: {kind: mix(name, kind) for kind in server.parts[place][name]} for name in "pqab"}
+    return {name: {kind: mix(name, kind) for kind in parts[place][name]} for name in "pqab"}
 
 
 def sketch_size(size: int, num_blocks: int, rank: int) -> int:

@@ -20,6 +20,8 @@ from h2tune_jax.methods.h2tune.steps import (
     shared_part,
     site_adapters,
 )
+from h2tune_jax.methods.start import init_head, start_keys
+from h2tune_jax.methods.traffic import count_units, size
 from h2tune_jax.training import run_steps
 from h2tune_jax.types import (
     Adapters,
@@ -41,7 +43,8 @@ def init_client(
     start = common.start
     slots, num_kinds, size, _ = common.middle.shape
     layers, dtype = spec.model.num_layers, spec.dtype
-    factor_key, head_key, scores_key, index_key, relation_key = jax.random.split(key, 5)
+    factor_key, _ = start_keys(key)
+    scores_key, index_key, relation_key = jax.random.split(key, 5)[2:]
 
     scores = None
     if start.scores is not None:
@@ -75,7 +78,7 @@ def init_client(
     client = H2TuneClient(
         a=a,
         b=b,
-        head=None if spec.init_head_fn is None else spec.init_head_fn(head_key),
+        head=init_head(spec, key),
         relation=own_relation,
         scores=scores,
         active=index,
@@ -135,8 +138,8 @@ def client_update(
     client = at_download(options, spec, client, common)
     shared, own = shared_part(options, client, common.middle), own_part(options, client)
     kept = options.optimizer_state == "kept"
-    size = common.middle.shape[-1]
-    here = LocalRound(options, spec, base, client, hyper, size, shared["middle"], drift_fn)
+    rank = common.middle.shape[-1]
+    here = LocalRound(options, spec, base, client, hyper, rank, shared["middle"], drift_fn)
     state = LocalState(
         shared=shared,
         own=own,
@@ -182,8 +185,8 @@ def client_update(
         own_opt=state.own_opt if kept else (),
     )
     traffic = {
-        "numbers_up": mask.sum(dtype=jnp.int32) * each,
-        "numbers_down": jnp.asarray(common.middle.size, jnp.int32),
+        "numbers_up": count_units(mask.sum(dtype=jnp.int32), each, most=mask.size),
+        "numbers_down": size(common.middle),
     }
     return after, H2TuneUpload(sent, mask), {**metrics, **traffic}
 

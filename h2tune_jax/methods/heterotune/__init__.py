@@ -25,7 +25,9 @@ from h2tune_jax.adapters.block import BLOCK
 from h2tune_jax.check import check_choice, check_named_cohorts, check_whole
 from h2tune_jax.method import FederatedMethod
 from h2tune_jax.methods.heterotune.cmga import Branches, Part, mean_update
-from h2tune_jax.methods.lora import LoraClient, Training, drift_penalty, traffic, train
+from h2tune_jax.methods.lora import LoraClient, Training, drift_penalty, train
+from h2tune_jax.methods.start import init_head, start_keys
+from h2tune_jax.methods.traffic import traffic
 from h2tune_jax.training import Schedule
 from h2tune_jax.types import (
     Adapters,
@@ -116,7 +118,7 @@ def heterotune(
 
     def init_client(spec: CohortSpec, key: Array, base: PyTree, download: Download) -> LoraClient:
         del base
-        project_key, head_key = jax.random.split(key)
+        project_key, _ = start_keys(key)
         layers, width = spec.model.num_layers, spec.model.width
         assert width is not None  # `check` saw to it
         down, up = dema.init_projections(project_key, layers, width, size, spec.dtype)
@@ -125,7 +127,7 @@ def heterotune(
             "up": up,
             # Of the download only the shapes: a start must not depend on when a client is first seen.
             "branches": jax.tree.map(jnp.zeros_like, download.common),
-            "head": None if spec.init_head_fn is None else spec.init_head_fn(head_key),
+            "head": init_head(spec, key),
         }
         return LoraClient(params, training.start(params))
 
