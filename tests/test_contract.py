@@ -202,11 +202,13 @@ def specs_of(name):
     return make_specs(mixed=row.mixed, rank=rank, targets=targets)
 
 
-# A method's programs are compiled once, on the worker that has its group.
-@pytest.fixture(
-    params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in METHODS],
-    scope="module",
-)
+def param_of(name):
+    # A method's programs are compiled once, on the worker that has its group; its further forms are slow.
+    marks = [pytest.mark.xdist_group(name)] + [pytest.mark.slow] * ("-" in name)
+    return pytest.param(name, marks=marks)
+
+
+@pytest.fixture(params=[param_of(name) for name in METHODS], scope="module")
 def case(request):
     case = Case(request.param, METHODS[request.param](), specs_of(request.param))
     yield case

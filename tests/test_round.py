@@ -85,8 +85,15 @@ def test_rounds_scan_and_runs_map_over_seeds_and_rates():
             toy.assert_trees_close(last.server, state.server, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("client_axis", ["scan", "vmap"])
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(
+    ("client_axis", "sampled"),
+    [
+        ("scan", False),
+        ("vmap", True),
+        pytest.param("scan", True, marks=pytest.mark.slow),
+        pytest.param("vmap", False, marks=pytest.mark.slow),
+    ],
+)
 def test_eight_devices_give_the_same_rounds_as_one(cpu_devices, client_axis, sampled):
     specs = toy.make_specs()
     ids = (jnp.array([4, 0, 2]), jnp.array([1])) if sampled else toy.EVERYONE

@@ -41,6 +41,9 @@ def tell(event) -> None:
         print(f"  {event.text}", flush=True)
 
 
+tell.shows_notices = True
+
+
 def dying_after(rounds: int):
     def watch(event) -> None:
         if isinstance(event, RoundDone) and event.record["round"] + 1 == rounds:

@@ -10,6 +10,7 @@ from h2tune_kernels.blocks import read_table
 SMALLEST_CARD = 99 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 80])
 def test_every_configuration_compiles_without_spills(capability, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

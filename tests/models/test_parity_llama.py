@@ -148,6 +148,7 @@ def test_smollm2_logits(smollm2_model, smollm2_torch):
     assert_same(ours, run_torch(torch_model, batch), batch["attention_mask"])
 
 
+@pytest.mark.slow
 def test_smollm2_generates_the_same_tokens(smollm2_model, smollm2_torch):
     import torch
 

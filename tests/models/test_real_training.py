@@ -118,6 +118,7 @@ def torch_losses(folder, params, batches):
     return np.array(losses), np.array(untrained)
 
 
+@pytest.mark.slow
 def test_loss_curve_equals_that_of_peft(minilm, minilm_model, tokenizer, questions):
     model, base = minilm_model
     examples = encode(questions[: STEPS * BATCH], tokenizer, TREC, 32)
@@ -187,6 +188,7 @@ def test_lora_reaches_a_known_accuracy(minilm_model, tokenizer, questions):
 PUBLIC = 64  # texts of the probe
 
 
+@pytest.mark.slow
 def test_h2tune_over_two_depths(minilm_model, tokenizer, questions):
     model, base = minilm_model
     small, small_base = prune_depth(model, base, every=2)

@@ -421,8 +421,16 @@ def check_case(case: Case, dtype: str) -> None:
     assert not above, above
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", GRID)
+# Every form in float64, where agreement is closest; those of the default alternation in float32 as well.
+FORMS = [
+    pytest.param(
+        name, dtype, marks=[pytest.mark.slow] * (dtype == "float32" and "gauss" not in name)
+    )
+    for name, dtype in itertools.product(GRID, TOLERANCE)
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), FORMS)
 def test_forms(name, dtype):
     check_case(GRID[name], dtype)
 
