@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: Python 3.11 or newer, pip and make.
 #   make demo        set up, then run the demo: real models and data, H2Tune against local training
 #   make test        set up, then lint, types and the fast tests
-#   make test-slow   what is marked slow (crash tests, long parities)
+#   make test-slow   what is marked slow (crash tests, long parities, further forms)
 #   make assets      fetch and verify the real models and data sets of the examples
 #   make gpu         on a machine with a CUDA device: kernel tests and benchmarks into OUT
 PYTHON ?= python3
