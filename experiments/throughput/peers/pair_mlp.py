@@ -1,7 +1,7 @@
 """h2tune_jax and the bare JAX loops in one process, rounds in turn: for ratios of a few per cent.
 
-The turn rotates, because what runs after the vmap finds its caches cold. Prints a line a program; rounds
-of equal number belong together.
+Each after one of its own that is not timed, because what runs after the vmap finds its caches cold; the
+turn rotates. Prints a line a program; rounds of equal number belong together.
 """
 
 import time
@@ -31,6 +31,7 @@ def main(args):
         ids = rng.choice(work.CLIENTS, args.clients, replace=False).astype(np.int32)
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
+            states[name] = programs[name][1](states[name], ids)
             began = time.perf_counter()
             states[name] = programs[name][1](states[name], ids)
             seconds[name].append(time.perf_counter() - began)
