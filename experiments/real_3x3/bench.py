@@ -10,9 +10,7 @@ goes on after an interruption.
 """
 
 import argparse
-import csv
 import gc
-import io
 import json
 import os
 import time
@@ -26,6 +24,7 @@ import numpy as np
 import plan
 
 import h2tune_jax as h2
+from h2tune_jax.bench import rows
 from h2tune_jax.run.catalog import build_method
 from h2tune_jax.run.config import make_config
 from h2tune_jax.run.federation import Federation, build_federation
@@ -36,6 +35,8 @@ COLUMNS = (
     "setting", "row", "rate", "seed", "split", "round", "client", "examples", "accuracy", "loss",
     "numbers_up", "seconds", "device", "cores", "jax",
 )  # fmt: skip
+WHOLE = frozenset(("seed", "round", "examples", "numbers_up", "cores"))
+NUMBERS = frozenset(("rate", "accuracy", "loss", "seconds"))
 
 
 class Run(NamedTuple):
@@ -113,11 +114,11 @@ def lines_of(
     """Do one run: -> its lines, one a client."""
     began = time.perf_counter()
     state, sent = train(programs, federation, setting.rounds, run.rate, run.seed)
-    rows = federation.test if run.split == "test" else federation.validation
-    found = jax.device_get(programs.evaluate(state, federation.bases, rows))
+    measured = federation.test if run.split == "test" else federation.validation
+    found = jax.device_get(programs.evaluate(state, federation.bases, measured))
     seconds = time.perf_counter() - began
     lines = []
-    for spec, held in zip(programs.specs, rows):
+    for spec, held in zip(programs.specs, measured):
         counts = np.asarray(held.num_examples)
         for client in range(spec.num_clients):
             lines.append({
@@ -134,31 +135,8 @@ def lines_of(
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Read a results file: all lines of finished runs, numbers as numbers."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    for line in lines:
-        for name in ("rate", "accuracy", "loss", "seconds"):
-            line[name] = float(line[name])
-        for name in ("seed", "round", "examples", "numbers_up", "cores"):
-            line[name] = int(line[name])
-    return lines
-
-
-def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Add a run's lines in one write, so that a kill leaves all of them or none."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    if not path.exists() or path.stat().st_size == 0:
-        writer.writeheader()
-    writer.writerows(lines)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        file.write(text.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
+    """Read a results file: all lines of finished runs."""
+    return rows.read(path, whole=WHOLE, numbers=NUMBERS)
 
 
 def done(lines: Iterable[Mapping[str, Any]]) -> set[Run]:
@@ -180,7 +158,7 @@ def chosen_rate(lines: Iterable[Mapping[str, Any]], row: str, rates: Sequence[fl
     return max(sorted(means), key=lambda rate: means[rate])
 
 
-def bench(setting: plan.Setting, rows: Mapping[str, plan.Row], out: Path) -> None:
+def bench(setting: plan.Setting, chosen: Mapping[str, plan.Row], out: Path) -> None:
     """Run what is missing of a setting's rows."""
     path = out / f"{setting.name}.csv"
     federations: dict[int, Federation] = {}
@@ -191,7 +169,7 @@ def bench(setting: plan.Setting, rows: Mapping[str, plan.Row], out: Path) -> Non
             federations[seed] = federation_of(setting, seed, bases)
         return federations[seed]
 
-    for name, row in rows.items():
+    for name, row in chosen.items():
         programs = None
         for split in ("validation", "test"):
             lines = read(path)
@@ -204,7 +182,7 @@ def bench(setting: plan.Setting, rows: Mapping[str, plan.Row], out: Path) -> Non
                 here = federation(run.seed)
                 programs = programs or programs_of(row, here.specs)
                 found = lines_of(setting, programs, here, run)
-                append(path, found)
+                rows.append(path, found, COLUMNS)
                 accuracy = np.mean([line["accuracy"] for line in found])
                 print(
                     f"{setting.name} {name} rate {run.rate:g} seed {run.seed} {split}: "
@@ -231,16 +209,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name not in settings:
             parser.error(f"no setting is called {name!r}; there are {', '.join(settings)}")
         setting = settings[name]
-        rows = {key: plan.ROWS[key] for key in setting.rows}
+        chosen = {key: plan.ROWS[key] for key in setting.rows}
         if args.rows:
-            unknown = set(args.rows.split(",")) - set(rows)
+            unknown = set(args.rows.split(",")) - set(chosen)
             if unknown:
-                parser.error(f"{name} has no row {min(unknown)!r}; it has {', '.join(rows)}")
-            rows = {key: rows[key] for key in args.rows.split(",")}
+                parser.error(f"{name} has no row {min(unknown)!r}; it has {', '.join(chosen)}")
+            chosen = {key: chosen[key] for key in args.rows.split(",")}
         if args.list:
-            print(json.dumps({name: list(rows)}))
+            print(json.dumps({name: list(chosen)}))
             continue
-        bench(setting, rows, args.out)
+        bench(setting, chosen, args.out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import io
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,11 +60,15 @@ def append(
                 f"{file}: its columns are not those of this version; name another file"
             )
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        if stream.tell() == 0:
-            writer.writeheader()
-        writer.writerows({name: _text(row.get(name)) for name in columns} for row in rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if not file.is_file() or file.stat().st_size == 0:
+        writer.writeheader()
+    writer.writerows({name: _text(row.get(name)) for name in columns} for row in rows)
+    # In one write, and on the disk: a kill leaves all of the rows or none.
+    with file.open("ab", buffering=0) as stream:
+        stream.write(text.getvalue().encode())
+        os.fsync(stream.fileno())
 
 
 def _text(value: Any) -> Any:

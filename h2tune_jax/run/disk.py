@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import re
 import shutil
@@ -91,6 +92,12 @@ def write_whole(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     part.replace(path)
     sync_path(path.parent)
+
+
+def write_all(file: io.RawIOBase, data: bytes | memoryview) -> None:
+    """Write all of the bytes to an unbuffered file, which may take fewer at a time."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def make_folder(path: Path) -> None:

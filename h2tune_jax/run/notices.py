@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from h2tune_jax.run.disk import sync_path, writing
+from h2tune_jax.run.disk import sync_path, write_all, writing
 from h2tune_jax.run.events import Event, Notice, Observer, tell
 from h2tune_jax.run.folder import RunFolder
 from h2tune_jax.run.records import encode, parse_line, whole_lines
@@ -50,8 +50,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a kill cut the last one short
                     line = b"\n" + line
-            while line:
-                line = line[file.write(line) :]
+            write_all(file, line)
             os.fsync(file.fileno())
         if is_new:
             sync_path(path.parent)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from h2tune_jax.run.disk import reading, sync_path, writing
+from h2tune_jax.run.disk import reading, sync_path, write_all, writing
 
 
 class Mark(NamedTuple):
@@ -70,9 +70,7 @@ class Log:
         """Write a line; it outlasts the process, though not a power cut before `sync`."""
         line = encode(record)
         with writing(self.path.name, self.path):
-            left = line
-            while left:
-                left = left[self._file.write(left) :]
+            write_all(self._file, line)
         self._size += len(line)
         self._digest.update(line)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from h2tune_jax.run.disk import Gone, make_folder, reading, sync_path, writing
+from h2tune_jax.run.disk import Gone, make_folder, reading, sync_path, write_all, writing
 from h2tune_jax.run.records import Mark
 from h2tune_jax.types import PyTree
 
@@ -131,9 +131,7 @@ class Segments:
                 make_folder(self.home)
                 with path.open("xb", buffering=0) as file:
                     for row in rows:
-                        left = row.data
-                        while left:
-                            left = left[file.write(left) :]
+                        write_all(file, row.data)
                         digest.update(row.data)
                         size += row.nbytes
                     os.fsync(file.fileno())
