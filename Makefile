@@ -3,6 +3,8 @@
 #   make test        set up, then lint, types and the fast tests
 #   make test-slow   what is marked slow (crash tests, long parities, further forms)
 #   make assets      fetch and verify the real models and data sets of the examples
+#   make bench-engine bench-compile bench-methods bench-throughput study-convergence
+#                    measure again what the experiments' pages say
 #   make gpu         on a machine with a CUDA device: kernel tests and benchmarks into OUT
 PYTHON ?= python3
 VENV := .venv
@@ -11,22 +13,33 @@ JOBS ?= 2
 GPU_PYTHON ?= python3
 OUT ?= runs/gpu
 
-.PHONY: demo assets test test-slow lint types format gpu bench-engine bench-compile clean
+.PHONY: demo assets test test-slow lint types format gpu clean
+.PHONY: bench-engine bench-compile bench-methods bench-throughput study-convergence
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
 
 # One stamp per set of extras: a changed pin or extra completes the environment on the next call.
-$(VENV)/.base: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+PINS := pyproject.toml constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
+
+$(VENV)/.base: $(PINS) | $(BIN)/python
+	$(INSTALL) .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,parity,data]'
+$(VENV)/.test: $(PINS) | $(BIN)/python
+	$(INSTALL) '.[test,parity,data]'
 	touch $@
 
 # Real models are read from GGUF, which is an extra.
-$(VENV)/.demo: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data]'
+$(VENV)/.demo: $(PINS) | $(BIN)/python
+	$(INSTALL) '.[data]'
+	touch $@
+
+# What draws the figures of the experiments.
+$(VENV)/.plot: $(PINS) | $(BIN)/python
+	$(INSTALL) '.[data,plot]'
 	touch $@
 
 demo: $(VENV)/.demo
@@ -61,6 +74,27 @@ bench-engine: $(VENV)/.base
 
 bench-compile: $(VENV)/.base
 	$(BIN)/python experiments/compile_time/bench.py
+
+# The experiments, hours in all: what is finished is not run again. Their READMEs say what each costs.
+bench-methods: $(VENV)/.plot
+	$(BIN)/python experiments/real_3x3/bench.py
+	$(BIN)/python experiments/real_3x3/report.py
+
+bench-throughput: $(VENV)/.plot
+	$(BIN)/python experiments/throughput/peers/make_venvs.py
+	$(BIN)/python experiments/throughput/compare.py
+	$(BIN)/python experiments/throughput/flat.py
+	$(BIN)/python -m h2tune_jax.bench --csv experiments/throughput/results/machine.csv
+	$(BIN)/python experiments/throughput/pages.py
+	$(BIN)/python experiments/throughput/targets.py
+
+# Some settings are there to be flagged, so their exit codes say nothing here.
+SWEEPS := 'participation/*' 'local_steps/*' 'heterogeneity/*' 'alternation/*' 'upload/*' 'noise/*'
+study-convergence: $(VENV)/.plot
+	$(BIN)/python -m h2tune_jax.study.convergence 'h2tune/*' 'fedavg/*' --out experiments/convergence/results
+	$(BIN)/python -m h2tune_jax.study.convergence 'wrong/*' --expect inconsistent --out experiments/convergence/results
+	-$(BIN)/python -m h2tune_jax.study.convergence $(SWEEPS) 'beyond/*' --out experiments/convergence/results
+	$(BIN)/python experiments/convergence/report.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -59,6 +59,13 @@ def near_match(word: str, allowed: Iterable[str]) -> str:
     return f"allowed: {', '.join(options) or 'nothing'}{hint}"
 
 
+class Places(NamedTuple):
+    """Where a model's layers stand: layer l is number `layers[l]` of the `depth` of a whole model."""
+
+    layers: tuple[int, ...]
+    depth: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """The shapes of a model's adapted sites. Static and hashable.
@@ -70,6 +77,9 @@ class ModelSpec:
         asks for it, and `ce_lora`, which gives it a client's examples.
       site_activations_fn: (base, probe) -> {kind: (inputs [Li, n, D], outputs [Li, n, F])}, one row
         a probe text; only the `anchored` basis and `co_lora` ask for it.
+      site_weights_fn: base -> {kind: [Li, D, F]}, the frozen weights as used in x @ W; only the
+        `singular` basis asks for it.
+      places: for a model cut from a deeper one, which of its layers these are; None means all.
       name: which frozen base this is. Cohorts whose models have one name and equal shapes are one
         architecture, whose clients some methods average; give different bases different names.
       width: d of what enters and leaves a block, where the loss function adds `sites["block"]` beside
@@ -80,6 +90,8 @@ class ModelSpec:
     sites: Any  # given as Mapping[str, tuple[int, int]]; kept as tuple[tuple[str, int, int], ...]
     layer_outputs_fn: Callable[[PyTree, PyTree], Array] | None = None
     site_activations_fn: Callable[[PyTree, PyTree], dict[str, tuple[Array, Array]]] | None = None
+    site_weights_fn: Callable[[PyTree], dict[str, Array]] | None = None
+    places: Places | None = None
     width: int | None = None
     name: str = ""
 
@@ -94,6 +106,12 @@ class ModelSpec:
                 raise FederationError(f"site {kind!r}: expected (in, out) widths >= 1, got {shape}")
         if self.num_layers < 1:
             raise FederationError(f"num_layers must be at least 1, got {self.num_layers}")
+        if self.places is not None:
+            layers, depth = self.places
+            if len(layers) != self.num_layers or not all(0 <= place < depth for place in layers):
+                raise FederationError(
+                    f"places: expected the places of {self.num_layers} layers below {depth}, got {layers}"
+                )
         ordered = tuple((kind, *shapes[kind]) for kind in order_kinds(shapes))
         object.__setattr__(self, "sites", ordered)
 

@@ -49,6 +49,17 @@ METHODS = {
         learning_rate=0.02, basis="anchored", core="pure", alternation="joint", relation="cka"
     ),
     "h2tune-reference": lambda: h2.h2tune(h2.REFERENCE, shared_rank=4, learning_rate=0.02),
+    "h2tune-similar": lambda: h2.h2tune(
+        learning_rate=0.02,
+        core="parallel",
+        basis="singular",
+        selection="leading",
+        sharing="similar",
+        core_rank=4,
+        relation="places",
+    ),
+    "h2tune-alike": lambda: h2.h2tune(learning_rate=0.02, sharing="similar", similarity="data"),
+    "h2tune-none": lambda: h2.h2tune(learning_rate=0.02, sharing="none"),
     "ce_lora": lambda: h2.ce_lora(learning_rate=0.02),
     "fedra": lambda: h2.fedra(learning_rate=0.02),
     "fed_hello": lambda: h2.fed_hello(
@@ -134,6 +145,15 @@ ROWS = {
         whole=False,
         mixed=True,
     ),
+    "h2tune-alike": Row(
+        lambda spec: [(3, len(spec.kinds), 4, 4), (7,), ()],  # and the signature of 7 public texts
+        None,
+        private=("head", ".a[", ".b["),
+        save=("signature",),  # of the data, whatever was trained
+        whole=False,
+        mixed=True,
+    ),
+    "h2tune-none": Row(lambda spec: [], None, private=("head", ".a[", ".b[", "copy"), mixed=True),
     "fedavg": Row(HEAD, lambda download, adapters: adapters.head, private=(), starts=()),
     "local": Row(lambda spec: [], None, private=FACTORS, mixed=True),
     "centralised": Row(EXAMPLES, MODEL, private=(), whole=False, mixed=True, starts=()),
@@ -186,13 +206,14 @@ ROWS = {
     "fedra": Row(LAYERS, sites("a", "b"), private=FACTORS),
     "fed_hello": Row(lambda spec: [*LAYERS(spec), *HEAD(spec)], MODEL, private=FACTORS),
 }
-"""By the first word of a method's name in METHODS."""
+"""By a method's name in METHODS, or the first word of it."""
 
 
 def row_of(name):
-    row = ROWS[name.split("-")[0]]
-    # The anchored basis gives A, too.
-    return row._replace(starts=("head",)) if name == "h2tune-anchored" else row
+    row = ROWS.get(name) or ROWS[name.split("-")[0]]
+    # The anchored basis gives A, too; with a mean for each client, what all are sent never changes.
+    changes = {"h2tune-anchored": {"starts": ("head",)}, "h2tune-similar": {"agrees": None}}
+    return row._replace(**changes.get(name, {}))
 
 
 def specs_of(name):

@@ -1,166 +1,48 @@
-"""Run the bench: every row of `plan.py` in one setting, by the rule that stands there.
+"""Run the bench: every row of `plan.py`, by the rule that stands there.
 
-    python experiments/real_3x3/bench.py both                 # rates on validation, then the test
+    python experiments/real_3x3/bench.py                      # all settings, in the plan's order
+    python experiments/real_3x3/bench.py both                 # one: rates on validation, then the test
     python experiments/real_3x3/bench.py both --rows local,h2tune
+    python experiments/real_3x3/bench.py --list               # what there is, and how far it is
     python experiments/real_3x3/bench.py --smoke --out FOLDER # tiny random models, in seconds
 
-One process, one setting, one program a row: rates and seeds are its arguments. Every run appends its lines
-to `results/<setting>.csv` when it is through; what stands there is never run again, so the same command
-goes on after an interruption.
+One program a row: rates and seeds are its arguments. Every run appends its lines to
+`results/<setting>.csv` when it is through; what stands there is never run again, so the same command goes
+on after an interruption. Processes on different settings do not disturb each other.
 """
 
 import argparse
 import gc
-import json
-import os
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import plan
+from one_run import federation_of, lines_of, method_of, programs_of
+from plan_types import Row, Setting, own_rows
+from record import (
+    RateUnknown,
+    append,
+    chosen_rate,
+    done,
+    path_of,
+    planned,
+    progress,
+    read,
+)
 
-import h2tune_jax as h2
-from h2tune_jax.bench import rows
-from h2tune_jax.run.catalog import build_method
-from h2tune_jax.run.config import make_config
-from h2tune_jax.run.federation import Federation, build_federation
-from h2tune_jax.run.settings import MethodConfig
+from h2tune_jax.run.federation import Federation
+from h2tune_jax.run.numbers import duration
+
+__all__ = ["bench", "chosen_rate", "main", "plan", "read"]
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = (
-    "setting", "row", "rate", "seed", "split", "round", "client", "examples", "accuracy", "loss",
-    "numbers_up", "seconds", "device", "cores", "jax",
-)  # fmt: skip
-WHOLE = frozenset(("seed", "round", "examples", "numbers_up", "cores"))
-NUMBERS = frozenset(("rate", "accuracy", "loss", "seconds"))
 
 
-class Run(NamedTuple):
-    """One training: what a line of the CSV is known by."""
-
-    row: str
-    rate: float
-    seed: int
-    split: str  # which rows it is measured on
-
-
-class Programs(NamedTuple):
-    """One method on one federation's shapes, compiled at most once."""
-
-    method: h2.FederatedMethod
-    specs: tuple
-    round_fn: Any
-    evaluate: Any
-
-
-def federation_of(setting: plan.Setting, seed: int, bases: tuple | None) -> Federation:
-    """Build a setting's federation with the data of a seed; frozen weights are held once."""
-    config = make_config({
-        "rounds": setting.rounds,
-        "seed": seed,
-        "method": {"name": "local"},
-        "groups": list(setting.groups),
-        **({} if setting.probe is None else {"probe": setting.probe}),
-    })  # fmt: skip
-    made = build_federation(config)
-    return made if bases is None else made._replace(bases=bases)
-
-
-def programs_of(row: plan.Row, specs: tuple) -> Programs:
-    """Build a row's programs."""
-    method = build_method(MethodConfig(name=row.method, **row.options))
-    evaluate = h2.make_evaluate(method, specs, batch_size=plan.TEST_BATCH)
-    return Programs(method, specs, h2.make_round(method, specs), evaluate)
-
-
-def train(
-    programs: Programs, federation: Federation, rounds: int, rate: float, seed: int
-) -> tuple[Any, dict[str, np.ndarray]]:
-    """Train a federation: -> (its state, numbers that each client sent up in all, by cohort)."""
-    method, specs = programs.method, programs.specs
-    state = h2.init_round(method, specs, federation.bases, federation.probe, jax.random.key(seed))
-    hyper = with_rate(method.hyper, rate)
-    sent = {spec.name: np.zeros(spec.num_clients) for spec in specs}
-    for _ in range(rounds):
-        state, metrics = programs.round_fn(
-            state, federation.bases, federation.train, None, None, hyper, np.uint32(seed),
-            federation.probe,
-        )  # fmt: skip
-        for name, seen in metrics.clients.items():
-            if not np.asarray(seen["finite"]).all():
-                print(f"  seed {seed}, rate {rate:g}: {name} was not finite", flush=True)
-            sent[name] += np.asarray(seen.get("numbers_up", 0), float)
-    return state, sent
-
-
-def with_rate(hyper: Any, rate: float) -> Any:
-    """Set the learning rate; a shared part's own rate keeps its ratio to it, a head's its value."""
-    factor = rate / hyper.learning_rate
-    scaled = {
-        name: value * factor
-        for name, value in hyper._asdict().items()
-        if name.endswith("rate") and name != "head_rate"
-    }
-    return hyper._replace(**{name: jnp.asarray(value) for name, value in scaled.items()})
-
-
-def lines_of(
-    setting: plan.Setting, programs: Programs, federation: Federation, run: Run
-) -> list[dict[str, Any]]:
-    """Do one run: -> its lines, one a client."""
-    began = time.perf_counter()
-    state, sent = train(programs, federation, setting.rounds, run.rate, run.seed)
-    measured = federation.test if run.split == "test" else federation.validation
-    found = jax.device_get(programs.evaluate(state, federation.bases, measured))
-    seconds = time.perf_counter() - began
-    lines = []
-    for spec, held in zip(programs.specs, measured):
-        counts = np.asarray(held.num_examples)
-        for client in range(spec.num_clients):
-            lines.append({
-                "setting": setting.name, "row": run.row, "rate": run.rate, "seed": run.seed,
-                "split": run.split, "round": setting.rounds, "client": f"{spec.name}/{client}",
-                "examples": int(counts[client]),
-                "accuracy": round(float(found[spec.name]["accuracy"][client]), 6),
-                "loss": round(float(found[spec.name]["loss"][client]), 6),
-                "numbers_up": int(sent[spec.name][client]), "seconds": round(seconds, 1),
-                "device": jax.devices()[0].device_kind,
-                "cores": len(os.sched_getaffinity(0)), "jax": jax.__version__,
-            })  # fmt: skip
-    return lines
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Read a results file: all lines of finished runs."""
-    return rows.read(path, whole=WHOLE, numbers=NUMBERS)
-
-
-def done(lines: Iterable[Mapping[str, Any]]) -> set[Run]:
-    """Return the runs whose lines are there."""
-    return {Run(line["row"], line["rate"], line["seed"], line["split"]) for line in lines}
-
-
-def chosen_rate(lines: Iterable[Mapping[str, Any]], row: str, rates: Sequence[float]) -> float:
-    """Apply the rule: the best mean accuracy on validation rows; a tie goes to the lower rate."""
-    means = {}
-    for rate in rates:
-        found = [
-            line["accuracy"]
-            for line in lines
-            if (line["row"], line["rate"], line["split"]) == (row, rate, "validation")
-        ]
-        if found:
-            means[rate] = float(np.mean(found))
-    return max(sorted(means), key=lambda rate: means[rate])
-
-
-def bench(setting: plan.Setting, chosen: Mapping[str, plan.Row], out: Path) -> None:
-    """Run what is missing of a setting's rows."""
-    path = out / f"{setting.name}.csv"
+def bench(setting: Setting, chosen: Mapping[str, Row], out: Path) -> None:
+    """Run what is missing of some rows of a setting."""
+    path = path_of(setting.name, out)
     federations: dict[int, Federation] = {}
 
     def federation(seed: int) -> Federation:
@@ -169,24 +51,23 @@ def bench(setting: plan.Setting, chosen: Mapping[str, plan.Row], out: Path) -> N
             federations[seed] = federation_of(setting, seed, bases)
         return federations[seed]
 
+    print(describe(setting, chosen, out), flush=True)
     for name, row in chosen.items():
         programs = None
         for split in ("validation", "test"):
-            lines = read(path)
-            rates, seeds = row.rates, setting.grid_seeds
-            if split == "test":
-                rates, seeds = (chosen_rate(lines, name, row.rates),), setting.seeds
-            for run in (Run(name, rate, seed, split) for rate in rates for seed in seeds):
-                if run in done(lines):
+            for run in planned(setting, name, row, split, out):
+                if run in done(read(path)):
                     continue
                 here = federation(run.seed)
-                programs = programs or programs_of(row, here.specs)
+                programs = programs or programs_of(setting, row, here.specs)
                 found = lines_of(setting, programs, here, run)
-                rows.append(path, found, COLUMNS)
+                append(path, found)
                 accuracy = np.mean([line["accuracy"] for line in found])
+                far = progress(setting, chosen, read(path))
                 print(
-                    f"{setting.name} {name} rate {run.rate:g} seed {run.seed} {split}: "
-                    f"{100 * accuracy:.1f} in {found[0]['seconds']} s",
+                    f"[{far.finished}/{far.total}, {duration(far.left)} left] {setting.name} {name} "
+                    f"rate {run.rate:g} seed {run.seed} {split}: {100 * accuracy:.1f} in "
+                    f"{found[0]['seconds']} s",
                     flush=True,
                 )
         if programs is not None:
@@ -196,29 +77,73 @@ def bench(setting: plan.Setting, chosen: Mapping[str, plan.Row], out: Path) -> N
             gc.collect()
 
 
+def describe(setting: Setting, chosen: Mapping[str, Row], out: Path) -> str:
+    """Say how far some rows of a setting are."""
+    if not chosen:
+        return f"{setting.name}: nothing of its own to run"
+    far = progress(setting, chosen, read(path_of(setting.name, out)))
+    left = "" if far.left is None else f", about {duration(far.left)} left"
+    return (
+        f"{setting.name}: {len(chosen)} rows, {far.finished} of {far.total} runs in "
+        f"{duration(far.seconds)}{left}"
+    )
+
+
+def list_settings(chosen: Mapping[str, tuple[Setting, Mapping[str, Row]]], out: Path) -> None:
+    """Print every setting and its rows; builds every method, so that wrong options show at once."""
+    for setting, rows in chosen.values():
+        print(describe(setting, rows, out))
+        for name, row in rows.items():
+            method_of(row)
+            print(f"    {name}" + (f": {row.words}" if row.words else ""))
+
+
+def choose(
+    names: Sequence[str], rows: Sequence[str], settings: Mapping[str, Setting]
+) -> dict[str, tuple[Setting, dict[str, Row]]]:
+    """Pick settings, and of their own rows those that are named; none named means all.
+
+    Raises ValueError for a name that does not exist.
+    """
+    names = tuple(settings) if not names or "all" in names else tuple(names)
+    for name in names:
+        if name not in settings:
+            raise ValueError(f"no setting is called {name!r}; there are {', '.join(settings)}")
+    known = {row for name in names for row in settings[name].rows}
+    if unknown := set(rows) - known:
+        raise ValueError(f"no row is called {min(unknown)!r}; there are {', '.join(sorted(known))}")
+    chosen = {}
+    for name in names:
+        own = own_rows(settings[name], settings)
+        chosen[name] = settings[name], {row: own[row] for row in (rows or own) if row in own}
+    return chosen
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("settings", nargs="*", help=f"of {', '.join(plan.SETTINGS)}; all of them")
+    parser.add_argument(
+        "settings", nargs="*", help=f"of {', '.join(plan.SETTINGS)}; or all, as if none is named"
+    )
     parser.add_argument("--rows", help="comma-separated; all that apply")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="tiny random models, two rounds")
-    parser.add_argument("--list", action="store_true", help="print what would be run, as JSON")
+    parser.add_argument(
+        "--list", action="store_true", help="print what there is, and how far it is"
+    )
     args = parser.parse_args(argv)
     settings = plan.smoke(args.out) if args.smoke else plan.SETTINGS
-    for name in args.settings or settings:
-        if name not in settings:
-            parser.error(f"no setting is called {name!r}; there are {', '.join(settings)}")
-        setting = settings[name]
-        chosen = {key: plan.ROWS[key] for key in setting.rows}
-        if args.rows:
-            unknown = set(args.rows.split(",")) - set(chosen)
-            if unknown:
-                parser.error(f"{name} has no row {min(unknown)!r}; it has {', '.join(chosen)}")
-            chosen = {key: chosen[key] for key in args.rows.split(",")}
-        if args.list:
-            print(json.dumps({name: list(chosen)}))
-            continue
-        bench(setting, chosen, args.out)
+    try:
+        chosen = choose(args.settings, args.rows.split(",") if args.rows else (), settings)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.list:
+        list_settings(chosen, args.out)
+        return
+    for setting, rows in chosen.values():
+        try:
+            bench(setting, rows, args.out)
+        except RateUnknown as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

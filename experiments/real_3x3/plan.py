@@ -1,161 +1,166 @@
-"""The plan of the bench: its settings, its rows, and the rule by which rates are chosen.
+"""The plan of the bench: its rule, its settings, and in which order they run.
 
-THE RULE, fixed before any test number is looked at. In every setting each row is trained at every rate
-of its grid, with the seeds `grid_seeds`, and measured on validation rows. The rate with the best mean
-accuracy over clients and seeds (a tie goes to the lower one) is trained anew with the seeds `seeds`, and
-only those runs are measured on test rows. All of them are kept. A seed gives every row the same examples,
-the same heads at the start, and the same factors where shapes are equal, so differences are paired by it.
+THE RULE, fixed before any test number is looked at.
 
-Every row has the same budget of steps and the same rate of heads. H2Tune's alternation takes two
-gradients a step; `h2tune_joint` takes one, as the others do.
+- In every setting each row is trained at every rate of its grid, with the seeds `GRID_SEEDS`, and measured
+  on validation rows. The rate with the best mean accuracy over clients and seeds (a tie goes to the lower
+  one) is trained anew with the setting's seeds, and only those runs are measured on test rows. All of them
+  are kept.
+- A seed gives every row the same examples, the same heads at the start, and the same factors where shapes
+  are equal, so differences are paired by it. (In `shards` there is one head, which starts elsewhere in
+  Fed-HeLLo's rows.)
+- Every row has the same budget of steps and the same rate of heads. H2Tune's alternation takes two
+  gradients a step; rows with alternation "joint" take one, as the other methods do.
+- Accuracy is taken after local training, before the next download. Where the aim is one global model
+  (`shards`), it is taken right after a download, on the whole test set.
+- The form `h2tune_common` (`COMMON_BASIS`) is chosen on validation rows.
+- The ablation changes that form in one thing at a time (and in what that thing needs), in the federation
+  of `both`; each row has the grid. H2Tune without its middle matrix is a plain LoRA, with nothing left that
+  could alternate: that row is `local`.
+- The curves have no grid: a row takes the rate that it chose in `both`.
+- What two settings have in common is run once, in the first of them.
+
+`plan_groups.py` has the clients, `plan_rows.py` the rows.
 """
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
-import numpy as np
+import plan_rows
+from plan_groups import (
+    EXAMPLES,
+    MINILMS,
+    PROBE,
+    RANK,
+    TEXTS,
+    clients,
+    every_pair,
+    last_groups,
+    shard_server,
+    shards,
+)
+from plan_smoke import smoke
+from plan_types import Point, Row, Setting
 
-FLOOR = "local"
-TEST_BATCH = 50
-RATES = (3e-4, 1e-3, 3e-3)
-COMMON = {"head_rate": 1e-2}
+__all__ = ["BASELINE", "BEST", "COMMON_BASIS", "FLOOR", "ROWS", "SETTINGS", "smoke"]
 
-
-class Row(NamedTuple):
-    """A method with its options, as in a config's table `method`."""
-
-    method: str
-    options: Mapping[str, Any]
-    rates: tuple[float, ...] = RATES
-
-
-class Setting(NamedTuple):
-    """A federation and what is run on it. Groups are those of a config, named "model-task"."""
-
-    name: str
-    title: str
-    about: str
-    groups: tuple[Mapping[str, Any], ...]
-    rows: tuple[str, ...]
-    rounds: int = 4
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    grid_seeds: tuple[int, ...] = (100,)
-    probe: Mapping[str, Any] | None = None
-
-
-ROWS = {
-    "local": Row("local", COMMON),
-    "centralised": Row("centralised", COMMON),
-    "fedit": Row("fedit", COMMON),
-    "ffa_lora": Row("ffa_lora", COMMON),
-    "fedsa_lora": Row("fedsa_lora", COMMON),
-    "hetlora": Row("hetlora", COMMON),
-    "flexlora": Row("flexlora", COMMON),
-    "flora": Row("flora", COMMON),
-    "fedex_lora": Row("fedex_lora", COMMON),
-    "fedra": Row("fedra", COMMON),
-    "fed_hello": Row("fed_hello", COMMON),
-    "ce_lora": Row("ce_lora", COMMON),
-    "co_lora": Row("co_lora", COMMON),
-    "heterotune": Row("heterotune", COMMON),
-    "h2tune": Row("h2tune", COMMON),
-    "h2tune_joint": Row("h2tune", {**COMMON, "alternation": "joint"}),
-    "h2tune_seeded": Row("h2tune", {**COMMON, "basis": "seeded"}),
+COMMON_BASIS = {
+    "core": "parallel",
+    "basis": "singular",
+    "selection": "leading",
+    "shared_rank": 32,
+    "core_rank": 32,
+    "sharing": "similar",
 }
-EVERY_ROW = tuple(ROWS)
 
-MODELS = {
-    "minilm6": {"source": "minilm"},
-    "minilm4": {"source": "minilm", "prune": {"layers": [0, 1, 3, 5]}},
-    "minilm3": {"source": "minilm", "prune": {"layers": [0, 2, 5]}},
-}
-TASKS = {
-    "trec": {"data": "trec", "max_length": 20},
-    "sarcasm": {"data": "sarcasm", "max_length": 24},
-    "reviews": {"data": "rotten_tomatoes", "max_length": 32},
-}
-EXAMPLES, VALIDATION, TEST = 64, 200, 500
-BUDGET = {"batch_size": 16, "steps": 8}
+SEEDS = (0, 1, 2, 3, 4)
+FEW_SEEDS = (0, 1, 2)  # of the ablation, the curves and the last comparison
+GRID_SEEDS = (100,)
+
+FLOOR, BEST, BASELINE = "local", "h2tune_common", "co_lora"
+CURVES = {"rank": (2, 4, 8, 16), "examples": (64, 128, 256, 512)}
+OWN_POINT = {"rank": RANK, "examples": EXAMPLES}  # where `both` stands
+
+ROWS = {**plan_rows.LOCAL, **plan_rows.BASELINES, **plan_rows.forms(COMMON_BASIS)}
 
 
-def clients(model: str, task: str, count: int) -> dict[str, Any]:
-    """Describe the clients of one model and one task."""
-    return {
-        "name": f"{model}-{task}",
-        "count": count,
-        "rank": 8,
-        "targets": ["q", "v", "up", "down"],
-        "model": MODELS[model],
-        "task": {**TASKS[task], "train": EXAMPLES, "validation": VALIDATION, "test": TEST},
-        "budget": BUDGET,
-    }
+def _some(*names: str) -> dict[str, Row]:
+    return {name: ROWS[name] for name in names}
 
 
-# Public texts of another kind for methods that fit models to each other.
-PROBE = {"data": "sarcasm", "count": 64, "max_length": 24}
+BOTH = Setting(
+    name="both",
+    title="Three tasks on three models",
+    about="Every model with every task, one client each: nobody else has a client's model and task.",
+    groups=every_pair(),
+    rows=ROWS,
+    seeds=SEEDS,
+    grid_seeds=GRID_SEEDS,
+    probe=PROBE,
+)
+
+
+def _curves() -> Iterator[Setting]:
+    """Give a setting for every point of every curve; that of `both` itself has nothing to run."""
+    for curve, values in CURVES.items():
+        for value in values:
+            is_both = value == OWN_POINT[curve]
+            yield BOTH._replace(
+                name=f"{curve}{value}",
+                title=f"{curve} {value}",
+                about=f"As `both`, with {curve} {value}.",
+                groups=every_pair(**{curve: value}),
+                rows=_some(FLOOR, BEST, BASELINE),
+                seeds=FEW_SEEDS,
+                point=Point(curve, value),
+                shares="both" if is_both else None,
+                rates_from="both",
+            )
+
 
 SETTINGS = {
     setting.name: setting
     for setting in (
-        Setting(
-            "models",
-            "One task on three models",
-            "TREC on MiniLM with 6, 4 and 3 of its layers, two clients each.",
-            tuple(clients(model, "trec", 2) for model in MODELS),
-            EVERY_ROW,
-            probe=PROBE,
+        BOTH,
+        BOTH._replace(
+            name="tasks",
+            title="Three tasks on one model",
+            about="TREC, sarcasm and film reviews on MiniLM with 4 of its layers, two clients each.",
+            groups=tuple(clients("minilm4", task, 2) for task in TEXTS),
+        ),
+        BOTH._replace(
+            name="models",
+            title="One task on three models",
+            about="TREC on MiniLM with 6, 4 and 3 of its layers, two clients each.",
+            groups=tuple(clients(model, "trec", 2) for model in MINILMS),
+        ),
+        BOTH._replace(
+            name="ablation",
+            title="What each part of H2Tune does",
+            about="The federation of `both`; every row is H2Tune's form in a common basis but for one "
+            "thing. Its form in the paper and what the authors' public code states stand beside.",
+            rows={
+                **_some(FLOOR, BEST, "h2tune"),
+                **plan_rows.reference_form(),
+                **plan_rows.ablation(COMMON_BASIS),
+            },
+            seeds=FEW_SEEDS,
+            against=BEST,
+            shares="both",
         ),
         Setting(
-            "tasks",
-            "Three tasks on one model",
-            "TREC, sarcasm and film reviews on MiniLM with 4 of its layers, two clients each.",
-            tuple(clients("minilm4", task, 2) for task in TASKS),
-            EVERY_ROW,
-            probe=PROBE,
+            name="shards",
+            title="One global model from non-IID shards",
+            about="Fed-HeLLo's kind of task: TREC on MiniLM with 4 of its layers; eight clients with "
+            "three of the six labels each, two of every rank in 2, 4, 8 and 16. What a client has right "
+            "after a download is tested on all labels, after 10 rounds. There is one head: HetLoRA and "
+            "FlexLoRA, whose heads are personal elsewhere, are given the mean of all heads after every "
+            "round. `local` is every client's own model on the same rows.",
+            groups=shards(),
+            rows=plan_rows.shard_rows(),
+            seeds=SEEDS,
+            grid_seeds=GRID_SEEDS,
+            rounds=10,
+            moment="downloaded",
+            server=shard_server(),
         ),
+        *_curves(),
         Setting(
-            "both",
-            "Three tasks on three models",
-            "Every model with every task, one client each: nobody else has a client's model and task.",
-            tuple(clients(model, task, 1) for model in MODELS for task in TASKS),
-            EVERY_ROW,
+            name="smollm2",
+            title="Two families of models",
+            about="MiniLM with 6 and 3 layers, and the first 6 layers of SmolLM2-135M (dequantised "
+            "Q4_1), each with TREC, sarcasm and film reviews; and two-choice questions (QuaRTz), which "
+            "need next-token logits, on SmolLM2 alone. CE-LoRA goes by the likeness of cores alone: its "
+            "data statistics do not read two-choice questions.",
+            groups=last_groups(),
+            rows={
+                **_some(FLOOR, "fedit", "heterotune", "co_lora"),
+                "ce_lora": plan_rows.CE_LORA_BY_CORES,
+                **_some("h2tune", BEST),
+            },
+            seeds=FEW_SEEDS,
+            grid_seeds=GRID_SEEDS,
             probe=PROBE,
         ),
     )
 }
-
-
-def smoke(folder: Path) -> dict[str, Setting]:
-    """Return a setting of a tiny random model, whose data it writes into a folder."""
-    words = {"fruit": ("apple", "plum", "pear"), "tool": ("saw", "axe", "file")}
-    rng = np.random.default_rng(0)
-    lines = [
-        json.dumps({"text": " ".join(rng.choice(words[label], 2)), "label": label})
-        for label in words
-        for _ in range(60)
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    data = folder / "words.jsonl"
-    data.write_text("\n".join(lines))
-    shape = {"family": "bert", "width": 8, "layers": 2, "heads": 2, "mlp_width": 12}
-    group = {
-        "name": "tiny-words",
-        "count": 2,
-        "rank": 2,
-        "targets": ["q", "up"],
-        "model": {
-            "source": "random",
-            "tokenizer": "bytes",
-            "pooling": "mean",
-            "shape": {**shape, "max_positions": 16},
-        },
-        "task": {"data": str(data), "train": 8, "validation": 8, "test": 8, "max_length": 12},
-        "budget": {"batch_size": 4, "steps": 1},
-    }
-    tiny = Setting(
-        "smoke", "A tiny random model", "Nothing can be learnt from it.", (group,),
-        ("local", "fedit", "h2tune"), rounds=2, seeds=(0, 1), grid_seeds=(100,),
-    )  # fmt: skip
-    return {tiny.name: tiny}
+"""In the order in which they run."""

@@ -7,67 +7,19 @@ Writes results/*.svg and the part of README.md between its markers. Needs the ex
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import bench
-import numpy as np
 import plan
+from plan_types import Setting, own_rows
+from record import measured, path_of, progress, read
+from report_pictures import draw, draw_curve
+from report_rows import METRIC, Found, found_of, rival_of
 
-from h2tune_jax.run.numbers import difference_of, share
-from h2tune_jax.run.paired import Interval, paired_interval
+from h2tune_jax.run.numbers import difference_of, duration, share
+from h2tune_jax.run.paired import Interval
 
 FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
 START, END = "<!-- results -->", "<!-- end of results -->"
-METRIC = "accuracy"
-
-
-class Found(NamedTuple):
-    """One row of one setting, on test rows."""
-
-    name: str
-    rate: float
-    scores: Mapping[int, float]  # by seed: mean accuracy over clients
-    by_task: Mapping[str, float]  # mean over its clients and all seeds
-    numbers_up: float  # a client and round
-    seconds: float  # a run, median over its seeds
-
-
-def found_of(setting: plan.Setting, lines: Sequence[Mapping[str, Any]]) -> list[Found]:
-    """Collect what was measured of each row."""
-    found = []
-    for name in setting.rows:
-        own = [line for line in lines if (line["row"], line["split"]) == (name, "test")]
-        if not own:
-            continue
-        seeds = sorted({line["seed"] for line in own})
-        mean = lambda chosen: float(np.mean([line["accuracy"] for line in chosen]))
-        tasks = dict.fromkeys(task_of(line["client"]) for line in own)
-        found.append(
-            Found(
-                name=name,
-                rate=own[0]["rate"],
-                scores={seed: mean([x for x in own if x["seed"] == seed]) for seed in seeds},
-                by_task={
-                    task: mean([x for x in own if task_of(x["client"]) == task]) for task in tasks
-                },
-                numbers_up=float(np.mean([x["numbers_up"] / x["round"] for x in own])),
-                seconds=float(np.median([x["seconds"] for x in own])),
-            )
-        )
-    return found
-
-
-def task_of(client: str) -> str:
-    """Return the task of a client such as "minilm6-trec/0"."""
-    return client.split("/")[0].split("-")[1]
-
-
-def gap(one: Found, other: Found) -> Interval | None:
-    """Return the paired difference over the seeds that both have."""
-    seeds = [seed for seed in one.scores if seed in other.scores]
-    if one.name == other.name or not seeds:
-        return None
-    return paired_interval([one.scores[seed] - other.scores[seed] for seed in seeds])
 
 
 def interval_text(value: Interval | None) -> str:
@@ -80,70 +32,133 @@ def interval_text(value: Interval | None) -> str:
     return f"{text} ({difference_of(METRIC, value.low)} to {difference_of(METRIC, value.high)})"
 
 
-def table(setting: plan.Setting, found: Sequence[Found]) -> list[str]:
+def rows_of(heads: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Write a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *body)]
+
+
+def table(setting: Setting, found: Sequence[Found]) -> list[str]:
     """Write a setting's table, the best first."""
-    floor = next((row for row in found if row.name == plan.FLOOR), None)
+    rival = rival_of(setting, {row.name: row.mean for row in found})
     tasks = list(dict.fromkeys(task for row in found for task in row.by_task))
-    heads = ["row", "rate", "accuracy", f"minus {plan.FLOOR}", *tasks, "numbers up", "s a run"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in sorted(found, key=lambda row: -np.mean(list(row.scores.values()))):
-        values = list(row.scores.values())
-        cells = [
-            f"`{row.name}`", f"{row.rate:g}", share(float(np.mean(values))),
-            interval_text(None if floor is None else gap(row, floor)),
+    beside = [] if rival is None else [f"minus `{rival}`"]
+    heads = ["row", "rate", METRIC, f"minus `{plan.FLOOR}`", *beside, *tasks]
+    body = [
+        [
+            f"`{row.name}`", f"{row.rate:g}", share(row.mean), interval_text(row.over_floor),
+            *([] if rival is None else [interval_text(row.over_rival)]),
             *(share(row.by_task.get(task)) for task in tasks),
-            f"{row.numbers_up:,.0f}", f"{row.seconds:.0f}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    counts = {len(row.scores) for row in found}
-    missing = [name for name in setting.rows if name not in {row.name for row in found}]
-    notes = f"Seeds a row: {', '.join(map(str, sorted(counts)))}."
-    if missing:
-        notes += f" Not run yet: {', '.join(missing)}."
-    return [*lines, "", notes]
+            *(f"{count:,.0f}" for count in row.numbers), f"{row.seconds:.0f}",
+        ]
+        for row in sorted(found, key=lambda row: -row.mean)
+    ]  # fmt: skip
+    heads += ["numbers up", "numbers down", "s a run"]
+    return [*rows_of(heads, body), "", notes(setting, found)]
 
 
-def draw(setting: plan.Setting, found: Sequence[Found], path: Path) -> None:
-    """Draw every row's difference to the floor with its interval."""
-    from matplotlib import pyplot
-    from matplotlib.figure import Figure
-
-    floor = next((row for row in found if row.name == plan.FLOOR), None)
-    gaps = [] if floor is None else [(row.name, gap(row, floor)) for row in found]
-    shown = sorted(
-        ((name, value) for name, value in gaps if value is not None), key=lambda x: x[1].mean
-    )
-    if not shown:
-        return
-    figure = Figure(figsize=(6.4, 0.9 + 0.28 * len(shown)), layout="constrained")
-    axes = figure.subplots()
-    for place, (_, value) in enumerate(shown):
-        low = value.mean if value.low is None else value.low
-        high = value.mean if value.high is None else value.high
-        axes.plot([100 * low, 100 * high], [place, place], color="C0", lw=1.5)
-        axes.plot(100 * value.mean, place, "o", color="C0", ms=4)
-    axes.axvline(0, color="0.6", lw=0.8)
-    axes.set_yticks(range(len(shown)), [name for name, _ in shown])
-    axes.set_xlabel(f"test accuracy minus {plan.FLOOR}, percentage points, 95 % interval")
-    axes.set_title(setting.title, fontsize=10)
-    with pyplot.rc_context({"svg.hashsalt": "real_3x3"}):
-        figure.savefig(path, metadata={"Date": None})
+def ablation_table(setting: Setting, found: Sequence[Found]) -> list[str]:
+    """Write an ablation's table in the order of the plan, each row with what was changed."""
+    heads = ["what is changed", "row", "rate", METRIC]
+    heads += [f"minus `{setting.against}`", f"minus `{plan.FLOOR}`"]
+    body = [
+        [
+            setting.rows[row.name].words, f"`{row.name}`", f"{row.rate:g}", share(row.mean),
+            interval_text(row.over_rival), interval_text(row.over_floor),
+        ]
+        for row in found
+    ]  # fmt: skip
+    form = ", ".join(f"{name} {value}" for name, value in plan.COMMON_BASIS.items())
+    about = f"`{plan.BEST}` is H2Tune as the paper has it, but for: {form}."
+    return [*rows_of(heads, body), "", f"{about} {notes(setting, found)}"]
 
 
-def main() -> None:
-    parts = []
-    for setting in plan.SETTINGS.values():
-        found = found_of(setting, bench.read(bench.RESULTS / f"{setting.name}.csv"))
-        parts += [f"### {setting.title}", "", setting.about, ""]
+def notes(setting: Setting, found: Sequence[Found]) -> str:
+    """Say what a table is made of, and what is missing in it."""
+    counts = sorted({len(row.scores) for row in found})
+    text = f"Seeds a row: {', '.join(map(str, counts))}."
+    names = {row.name for row in found}
+    missing = [name for name in setting.rows if name not in names]
+    return text + (f" Not run yet: {', '.join(missing)}." if missing else "")
+
+
+def curve_table(curve: str, points: Mapping[int, Sequence[Found]]) -> list[str]:
+    """Write a curve: a line for every value, its rows' accuracies and differences to the floor."""
+    names = list(dict.fromkeys(row.name for found in points.values() for row in found))
+    heads = [curve]
+    for name in names:
+        heads += [f"`{name}`"] if name == plan.FLOOR else [f"`{name}`", f"minus `{plan.FLOOR}`"]
+    body = []
+    for value, found in points.items():
+        rows = {row.name: row for row in found}
+        cells = [str(value)]
+        for name in names:
+            row = rows.get(name)
+            cells.append("" if row is None else share(row.mean))
+            if name != plan.FLOOR:
+                cells.append("" if row is None else interval_text(row.over_floor))
+        body.append(cells)
+    return rows_of(heads, body)
+
+
+def cost_table(settings: Mapping[str, Setting], folder: Path) -> list[str]:
+    """Write what every setting's runs took, from their lines, and on what."""
+    body, machines, total = [], set(), 0.0
+    for name, setting in settings.items():
+        own = own_rows(setting, settings)
+        if not own:
+            continue
+        lines = read(path_of(name, folder))
+        far = progress(setting, own, lines)
+        machines |= {f"{x['device']}, {x['cores']} cores, JAX {x['jax']}" for x in lines}
+        total += far.seconds
+        body.append([f"`{name}`", f"{far.finished} of {far.total}", duration(far.seconds)])
+    lines = rows_of(["setting", "runs", "training and measuring, compiling included"], body)
+    if machines:
+        where = "; ".join(sorted(machines))
+        lines += ["", f"In all {duration(total)}, on {where}. Runs side by side are added up."]
+    return lines
+
+
+def page_of(settings: Mapping[str, Setting], folder: Path) -> str:
+    """Write all sections from the rows in a folder, and draw their pictures there."""
+    parts: list[str] = []
+    curves: dict[str, dict[int, list[Found]]] = {}
+    for name, setting in settings.items():
+        found = found_of(setting, measured(setting, settings, folder))
+        if setting.point is not None:
+            if found:
+                curves.setdefault(setting.point.curve, {})[setting.point.value] = found
+            continue
+        parts += [f"### {setting.title}", "", f"{setting.about} (`{name}`)", ""]
         if not found:
             parts += ["Not run yet.", ""]
             continue
-        draw(setting, found, bench.RESULTS / f"{setting.name}.svg")
-        parts += [*table(setting, found), "", f"![{setting.name}](results/{setting.name}.svg)", ""]
+        body = table if setting.against is None else ablation_table
+        parts += [*body(setting, found), ""]
+        if draw(setting, found, folder / f"{name}.svg"):
+            parts += [f"![{setting.title}](results/{name}.svg)", ""]
+    parts += ["### By rank, and by number of examples", "", CURVES_ABOUT, ""]
+    for curve, points in curves.items():
+        draw_curve(curve, points, folder / f"curve-{curve}.svg")
+        parts += [*curve_table(curve, points), "", f"![{curve}](results/curve-{curve}.svg)", ""]
+    if not curves:
+        parts += ["Not run yet.", ""]
+    parts += ["### What it cost", "", *cost_table(settings, folder), ""]
+    return "\n".join(parts)
+
+
+CURVES_ABOUT = (
+    "The federation of `both` with another rank, or another number of examples a client; as many steps "
+    "everywhere, and the rates that the rows chose in `both`."
+)
+
+
+def main() -> None:
     page = FOLDER / "README.md"
-    before, rest = page.read_text().split(START)
+    before, rest = page.read_text(encoding="utf-8").split(START)
     after = rest.split(END)[1]
-    page.write_text(f"{before}{START}\n\n" + "\n".join(parts) + f"{END}{after}")
+    text = f"{before}{START}\n\n{page_of(plan.SETTINGS, RESULTS)}\n{END}{after}"
+    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from h2tune_jax.types import Array, FederationError, at_least_float32
+from h2tune_jax.types import Array, FederationError, Places, at_least_float32
 
 
 def depth(num_slots: int, num_layers: int, dtype=jnp.float32) -> Array:  # [L, Li]
@@ -16,21 +16,31 @@ def depth(num_slots: int, num_layers: int, dtype=jnp.float32) -> Array:  # [L, L
 
     The identity when L = Li; a single layer, or a single slot, sits at relative depth 0.
     """
-    matrix = np.zeros((num_slots, num_layers))
-    for layer in range(num_layers):
-        # The layer's place on the axis of slots, layer * (L - 1) / (Li - 1), in exact integers.
-        below, rest = divmod(layer * (num_slots - 1), max(num_layers - 1, 1))
-        above = rest / max(num_layers - 1, 1)
-        matrix[below, layer] = 1 - above
+    return at_places(num_slots, whole(num_layers), dtype)
+
+
+def at_places(num_slots: int, places: Places, dtype=jnp.float32) -> Array:  # [L, Li]
+    """Interpolate as `depth` does, on the depth of the whole model that the layers were taken from."""
+    matrix = np.zeros((num_slots, len(places.layers)))
+    steps = max(places.depth - 1, 1)
+    for layer, place in enumerate(places.layers):
+        # The layer's place on the axis of slots, place * (L - 1) / (depth - 1), in exact integers.
+        below, rest = divmod(place * (num_slots - 1), steps)
+        matrix[below, layer] = 1 - rest / steps
         if rest:
-            matrix[below + 1, layer] = above
+            matrix[below + 1, layer] = rest / steps
     return jnp.asarray(matrix, dtype)
 
 
-def nearest_slots(num_slots: int, num_layers: int) -> Array:  # i32[Li]
+def whole(num_layers: int) -> Places:
+    """Return the places of all layers of a model."""
+    return Places(tuple(range(num_layers)), num_layers)
+
+
+def nearest_slots(num_slots: int, places: Places) -> Array:  # i32[Li]
     """Return, for each layer, the slot nearest to it in relative depth."""
-    layers = np.arange(num_layers)
-    return jnp.asarray(np.rint(layers * (num_slots - 1) / max(num_layers - 1, 1)), jnp.int32)
+    exact = np.asarray(places.layers) * (num_slots - 1) / max(places.depth - 1, 1)
+    return jnp.asarray(np.rint(exact), jnp.int32)
 
 
 def random(key: Array, num_slots: int, num_layers: int, dtype=jnp.float32) -> Array:  # [L, Li]

@@ -60,6 +60,7 @@ class ModelConfig:
       pooling: "native" is what the family's Hugging Face classifier does; "mean" averages the tokens.
       attention: implementation given to `jax.nn.dot_product_attention`; None leaves it to JAX.
       kept: which layers of the imported model these are; empty means all of them.
+      kept_of: how many layers the imported model has, where these are some of them.
       source: the Hugging Face config as JSON; kept for export, no part of equality.
     """
 
@@ -100,6 +101,7 @@ class ModelConfig:
     pooling: str = "native"
     attention: Literal["xla", "cudnn"] | None = None
     kept: tuple[int, ...] = ()
+    kept_of: int | None = None
     source: str = dataclasses.field(default="{}", compare=False, repr=False)
 
     def __post_init__(self):

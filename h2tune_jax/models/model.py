@@ -27,7 +27,7 @@ from h2tune_jax.models.family import Inputs
 from h2tune_jax.models.heads import apply_head, init_head, pool
 from h2tune_jax.models.layers import MEANS, TOKENS, Context, LayerInputs
 from h2tune_jax.models.tensors import get_leaf
-from h2tune_jax.types import Array, FederationError, ModelSpec, PyTree
+from h2tune_jax.types import Array, FederationError, ModelSpec, Places, PyTree
 
 Sites = Mapping[str, Any] | None
 
@@ -195,6 +195,11 @@ def _build(config: ModelConfig, source: str) -> Model:
         seen = activations_fn(base, probe)
         return {kind: (seen.inputs[kind], seen.outputs[kind]) for kind in seen.inputs}
 
+    def site_weights_fn(base: PyTree) -> dict[str, Array]:  # by kind: [Li, D, F]
+        return {
+            kind: get_leaf(base["layers"], path)["w"] for kind, (path, _) in family.sites.items()
+        }
+
     return Model(
         config=config,
         spec=ModelSpec(
@@ -203,6 +208,8 @@ def _build(config: ModelConfig, source: str) -> Model:
             sites=site_shapes(config),
             layer_outputs_fn=layer_outputs_fn,
             site_activations_fn=site_activations_fn,
+            site_weights_fn=site_weights_fn,
+            places=Places(config.kept, config.kept_of) if config.kept and config.kept_of else None,
             width=config.width,
         ),
         init_fn=init_fn,

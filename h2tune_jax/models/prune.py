@@ -58,6 +58,7 @@ def prune_config(config: ModelConfig, kept: Sequence[int]) -> ModelConfig:
         num_layers=len(kept),
         windows=windows,
         kept=tuple(config.kept[i] if config.kept else i for i in kept),
+        kept_of=config.kept_of or config.num_layers,
         source=json.dumps(source, sort_keys=True),
     )
 

@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 
 from h2tune_jax import FederationError
 from h2tune_jax.adapters import relation
+from h2tune_jax.types import Places
 
 DEPTHS = st.integers(1, 13)
 
@@ -42,10 +43,22 @@ def test_depth_by_hand():
 
 
 def test_nearest_slots():
-    np.testing.assert_array_equal(relation.nearest_slots(6, 3), [0, 2, 5])
-    np.testing.assert_array_equal(relation.nearest_slots(6, 6), np.arange(6))
-    np.testing.assert_array_equal(relation.nearest_slots(6, 1), [0])
-    np.testing.assert_array_equal(relation.nearest_slots(1, 4), [0, 0, 0, 0])
+    for slots, layers, expected in (
+        (6, 3, [0, 2, 5]),
+        (6, 6, range(6)),
+        (6, 1, [0]),
+        (1, 4, [0] * 4),
+    ):
+        found = relation.nearest_slots(slots, relation.whole(layers))
+        np.testing.assert_array_equal(found, list(expected))
+
+
+def test_layers_keep_their_places_in_the_whole_model():
+    places = Places((0, 1, 3, 5), 6)
+    np.testing.assert_array_equal(relation.at_places(6, places), np.eye(6)[:, [0, 1, 3, 5]])
+    np.testing.assert_array_equal(relation.nearest_slots(6, places), [0, 1, 3, 5])
+    expected = [[1, 0.6, 0, 0], [0, 0.4, 0.8, 0], [0, 0, 0.2, 1]]  # at 0, 0.4, 1.2 and 2 of 3 slots
+    np.testing.assert_allclose(relation.at_places(3, places), expected, atol=1e-6)
 
 
 def test_mix_and_unmix_are_transposes():

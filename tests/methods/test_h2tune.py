@@ -102,7 +102,7 @@ def test_the_mean_weighs_clients_entry_by_entry():
     method = h2.h2tune()
     narrow, wide = toy.make_specs()
     previous = jnp.full((1, 2, 2, 2), 7.0)
-    server = h2tune_state.H2TuneServer(previous, ())
+    server = h2tune_state.H2TuneServer(previous, {})
     upload = lambda value, mask, kinds: h2.methods.h2tune.H2TuneUpload(
         jnp.full((1, kinds, 2, 2), value), jnp.asarray(mask).reshape(1, kinds, 2, 2)
     )
@@ -217,5 +217,5 @@ def test_an_anchored_basis_carries_over_between_architectures():
     here = np.einsum("lnd,ldr->lnr", inputs, one)
     there = np.einsum("lnd,ldr->lnr", inputs @ embed, other)
     np.testing.assert_allclose(here, there, atol=0.1)
-    for start in state.server.starts:
+    for start in state.server.starts.values():
         np.testing.assert_allclose(start.fit["q"][0], 1, atol=1e-3)

@@ -138,6 +138,7 @@ def smollm2_torch(smollm2):
     return model.eval(), tokenizer
 
 
+@pytest.mark.slow
 def test_smollm2_logits(smollm2_model, smollm2_torch):
     """On prompts where float32 rounding itself stays well below the tolerance; see docs/models.md."""
     model, base = smollm2_model

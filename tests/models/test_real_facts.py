@@ -123,6 +123,7 @@ def questions():
         pytest.skip(f"asset trec: {error}")
 
 
+@pytest.mark.slow
 def test_linear_probe_on_trec(minilm, minilm_model, questions):
     names = corpora.LABELS["trec"]
     sizes = {"test": 1000, "train": 2400, "rest": None}

@@ -211,7 +211,7 @@ def test_h2tune_over_two_depths(minilm_model, tokenizer, questions):
     method = h2.h2tune(basis="anchored", relation="cka", learning_rate=1e-3, head_rate=1e-2)
     state = h2.init_round(method, specs, bases, probe, jax.random.key(0))
 
-    whole, pruned = state.server.starts
+    whole, pruned = (state.server.starts[spec.name] for spec in specs)
     # The same first layer: it speaks to the first slot.
     assert np.argmax(whole.relation, axis=0).tolist() == list(range(6))
     assert np.argmax(pruned.relation[:, 0]) == 0

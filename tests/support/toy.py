@@ -61,12 +61,17 @@ def site_activations(base, probe):
     }
 
 
+def site_weights(base):
+    return {kind: base[kind] for kind in sorted(set(base) - {"embed"})}
+
+
 def cohort(name, *, width, depth, rank, kinds, classes, num_clients, **changes):
     model = h2.ModelSpec(
         num_layers=depth,
         sites=dict.fromkeys(kinds, (width, width)),
         layer_outputs_fn=layer_outputs,
         site_activations_fn=site_activations,
+        site_weights_fn=site_weights,
         width=width,
     )
     spec = h2.CohortSpec(

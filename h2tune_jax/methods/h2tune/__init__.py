@@ -46,11 +46,12 @@ def h2tune(preset: H2TuneOptions | None = None, /, **changes: Any) -> FederatedM
         hyper=options.hyper(),
         init_server=partial(server.init_server, options),
         init_client=partial(client.init_client, options),
-        broadcast=server.broadcast,
+        broadcast=partial(server.broadcast, options),
         client_update=partial(client.client_update, options),
-        reduce=server.reduce,
-        server_aggregate=server.server_aggregate,
+        # Where every client gets a mean of its own, the server needs what each has sent.
+        reduce=None if options.sharing == "similar" else partial(server.reduce, options),
+        server_aggregate=partial(server.server_aggregate, options),
         adapters=partial(client.adapters, options),
         check=partial(server.check, options),
-        shared=("middle",),
+        shared={"mean": ("middle",), "similar": (), "none": None}[options.sharing],
     )

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from h2tune_jax.adapters import relation, triple
 from h2tune_jax.method import DriftFn
+from h2tune_jax.methods.h2tune.likeness import signature
 from h2tune_jax.methods.h2tune.options import H2TuneHyper, H2TuneOptions
-from h2tune_jax.methods.h2tune.state import H2TuneClient, H2TuneDownload, H2TuneUpload
+from h2tune_jax.methods.h2tune.state import H2TuneClient, H2TuneDownload, H2TuneServer, H2TuneUpload
 from h2tune_jax.methods.h2tune.steps import (
     LocalRound,
     LocalState,
@@ -21,7 +22,7 @@ from h2tune_jax.methods.h2tune.steps import (
     site_adapters,
 )
 from h2tune_jax.methods.start import init_head, start_keys
-from h2tune_jax.methods.traffic import count_units, size
+from h2tune_jax.methods.traffic import count_units, size, traffic
 from h2tune_jax.training import run_steps
 from h2tune_jax.types import (
     Adapters,
@@ -53,16 +54,17 @@ def init_client(
         scores = triple.uniform(scores_key, (layers, num_kinds, size, size), size, dtype)
     none_yet = jnp.zeros((layers, num_kinds, size, size), dtype)
     index = triple.select(
-        scores, spec.rank, strategy=options.selection, middle=none_yet, key=index_key
+        scores, options.side(spec), strategy=options.selection, middle=none_yet, key=index_key
     )
 
     a, b = {}, {}
     for place, kind in enumerate(spec.kinds):
         in_dim, out_dim = spec.model.shapes[kind]
-        if start.basis is None:
+        if start.basis is None or options.parallel:
             kind_key = fold_name(factor_key, kind)
             shape = layers, in_dim, out_dim, spec.rank
-            a[kind], b[kind] = triple.init(kind_key, *shape, residual=options.residual, dtype=dtype)
+            from_zero = options.residual or options.parallel
+            a[kind], b[kind] = triple.init(kind_key, *shape, residual=from_zero, dtype=dtype)
         else:
             columns, rows = start.basis[kind]
             chosen = triple.coordinates(index[:, place], spec.rank, size)
@@ -83,6 +85,7 @@ def init_client(
         scores=scores,
         active=index,
         middle=none_yet,
+        copy=common.middle if options.sharing == "none" else None,
         trained=jnp.zeros((), bool),
         shared_opt=(),
         own_opt=(),
@@ -96,11 +99,20 @@ def init_client(
     return client
 
 
+def received(options: H2TuneOptions, client: H2TuneClient, download: Download) -> Array:
+    """Return the G [L, Ki, R, R] that a client works with in a round."""
+    if options.sharing == "none":
+        assert client.copy is not None
+        return client.copy
+    return download.personal if options.sharing == "similar" else download.common.middle
+
+
 def at_download(
-    options: H2TuneOptions, spec: CohortSpec, client: H2TuneClient, common: H2TuneDownload
+    options: H2TuneOptions, spec: CohortSpec, client: H2TuneClient, download: Download
 ) -> H2TuneClient:
     """Select for this round; where A and B stand for coordinates of a basis, let them follow."""
-    middle = relation.mix(client.relation, common.middle)
+    common: H2TuneDownload = download.common
+    middle = relation.mix(client.relation, received(options, client, download))
     index = select(options, spec, client, client.scores, middle)
     if options.follows_basis:
         assert common.start.basis is not None
@@ -132,14 +144,16 @@ def client_update(
     round_index: Array,
     *,
     drift_fn: DriftFn | None = None,
-) -> tuple[H2TuneClient, H2TuneUpload, dict]:
+) -> tuple[H2TuneClient, H2TuneUpload | tuple[()], dict]:
     """Download and select, train in halves (or jointly, in a warm start), upload G_i."""
-    common: H2TuneDownload = download.common
-    client = at_download(options, spec, client, common)
-    shared, own = shared_part(options, client, common.middle), own_part(options, client)
+    client = at_download(options, spec, client, download)
+    downloaded = received(options, client, download)
+    shared, own = shared_part(options, client, downloaded), own_part(options, client)
     kept = options.optimizer_state == "kept"
-    rank = common.middle.shape[-1]
-    here = LocalRound(options, spec, base, client, hyper, rank, shared["middle"], drift_fn)
+    here = LocalRound(
+        options, spec, base, client, hyper, download.common.start.basis, downloaded.shape[-1],
+        shared["middle"], drift_fn,
+    )  # fmt: skip
     state = LocalState(
         shared=shared,
         own=own,
@@ -180,29 +194,35 @@ def client_update(
         scores=state.shared.get("scores", client.scores),
         active=here.selection(state.shared),
         middle=middle,
+        copy=sent if options.sharing == "none" else None,
         trained=client.trained | (metrics["steps"] > 0),
         shared_opt=state.shared_opt if kept else (),
         own_opt=state.own_opt if kept else (),
     )
-    traffic = {
-        "numbers_up": count_units(mask.sum(dtype=jnp.int32), each, most=mask.size),
-        "numbers_down": size(common.middle),
-    }
-    return after, H2TuneUpload(sent, mask), {**metrics, **traffic}
+    if options.sharing == "none":
+        return after, (), {**metrics, **traffic(up=(), down=())}
+    up = count_units(mask.sum(dtype=jnp.int32), each, most=mask.size)
+    described = None
+    if options.by_data:
+        texts, examples = download.common.start.texts, options.signature_examples
+        described = signature(spec, base, data, texts, examples)
+        up = up + size(described)
+    travels = {"numbers_up": up, "numbers_down": size(downloaded)}
+    return after, H2TuneUpload(sent, mask, described), {**metrics, **travels}
 
 
 def adapters(
     options: H2TuneOptions,
     spec: CohortSpec,
-    server: PyTree,
+    server: H2TuneServer,
     client: H2TuneClient,
     download: Download | None,
 ) -> Adapters:
     """Build the adapters as local training left them or, given a download, right after it."""
-    del server
     middle = client.middle
     if download is not None:
-        client = at_download(options, spec, client, download.common)
-        middle = relation.mix(client.relation, download.common.middle)
-    core = triple.core(middle, client.active)
-    return Adapters(site_adapters(options, spec, client.a, client.b, core), client.head)
+        client = at_download(options, spec, client, download)
+        middle = relation.mix(client.relation, received(options, client, download))
+    core, basis = triple.core(middle, client.active), server.starts[spec.name].basis
+    sites = site_adapters(options, spec, basis, client.a, client.b, core, client.active)
+    return Adapters(sites, client.head)

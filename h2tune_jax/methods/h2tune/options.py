@@ -15,15 +15,17 @@ from h2tune_jax.check import (
     near_match,
 )
 from h2tune_jax.training import Schedule, cosine_schedule
-from h2tune_jax.types import Array, FederationError
+from h2tune_jax.types import Array, CohortSpec, FederationError
 
 CHOICES = {
-    "core": ("residual", "pure"),
+    "core": ("residual", "pure", "parallel"),
     "selection": triple.STRATEGIES,
     "select_at": ("download", "step"),
-    "basis": ("random", "seeded", "anchored"),
+    "basis": ("random", "seeded", "anchored", "singular"),
     "g_init": ("zero", "uniform"),
-    "relation": ("depth", "cka", "random"),
+    "relation": ("depth", "places", "cka", "random"),
+    "sharing": ("mean", "similar", "none"),
+    "similarity": ("matrices", "data"),
     "upload": ("gradient", "transpose"),
     "alternation": ("gauss_seidel", "jacobi", "joint"),
     "average": ("selected", "all"),
@@ -51,19 +53,30 @@ class H2TuneOptions:
     Attributes:
       shared_rank: R; None means the largest rank of the federation.
       num_slots: L; None means the depth of the deepest model.
-      core: "residual" (dW = A (I + T) B) or "pure" (dW = A T B).
+      core: "residual" (dW = A (I + T) B), "pure" (dW = A T B), or "parallel" (dW = A B + U T V with
+        U and V frozen, from the basis: `adapters/parallel.py`).
+      core_rank: rows and columns that a client's parallel core takes; None means the client's rank.
       selection: a strategy of `triple.select`.
       select_at: "download" (once a round) or "step" (afresh at every step).
       basis: "random" factors a client; "seeded": taken from one basis for all of equal width;
-        "anchored": taken from bases that are fitted across models on a public probe.
+        "anchored": taken from bases that are fitted across models on a public probe; "singular": the
+        leading singular vectors of each frozen weight, common to models cut from one.
       train_factors: False freezes A and B where they start.
       g_init: "zero", or "uniform" within +-1/(R sqrt 7).
-      relation: "depth", "cka" (needs `layer_outputs_fn` and a probe) or "random".
+      relation: "depth"; "places", which is depth in the whole model that a model was cut from; "cka"
+        (needs `layer_outputs_fn` and a probe); or "random".
       upload: "gradient" (train a copy of G through M = mix(P, G)) or "transpose" (train M with P
         fixed, and send unmix(P, M)).
       alternation: "gauss_seidel" (the second half sees the first's step), "jacobi" (both at the same
         point) or "joint" (never alternate: every round is a warm start).
       warmup_rounds: so many first rounds of the federation train everything jointly.
+      sharing: what a client is sent: the "mean" of all; a mean for itself, of those who are "similar";
+        or "none", its own again: the ablation.
+      similarity: of "similar": client j weighs exp(cos_ij / temperature), by the cosine of its "matrices"
+        G; or exp(-max(d_ij - 1, 0) / temperature), by the distance of its "data" (`likeness.py`; needs
+        `layer_outputs_fn` and a probe).
+      temperature: of "similar".
+      signature_examples: how many of its examples a client describes when it goes by its data.
       average: "selected" (each entry over the clients that selected it) or "all"; None means
         "selected" for `block` and `leading`, else "all".
       lambda_norm, lambda_keep, lambda_distil: weights of the regularisers; None leaves the term out
@@ -81,6 +94,7 @@ class H2TuneOptions:
     shared_rank: int | None = None
     num_slots: int | None = None
     core: str = "residual"
+    core_rank: int | None = None
     selection: str = "block"
     select_at: str = "download"
     basis: str = "random"
@@ -90,6 +104,10 @@ class H2TuneOptions:
     upload: str = "gradient"
     alternation: str = "gauss_seidel"
     warmup_rounds: int = 1
+    sharing: str = "mean"
+    similarity: str = "matrices"
+    temperature: float = 0.5
+    signature_examples: int = 16
     average: str | None = None
     lambda_norm: float | None = 1.0
     lambda_keep: float | None = 1.0
@@ -110,9 +128,9 @@ class H2TuneOptions:
             fill("average", "all" if self.entrywise else "selected")
         for field, allowed in CHOICES.items():
             check_choice(field, getattr(self, field), allowed)
-        for field in ("shared_rank", "num_slots"):
+        for field in ("shared_rank", "core_rank", "num_slots", "signature_examples"):
             check_whole(field, getattr(self, field))
-        for field in ("learning_rate", "shared_rate", "head_rate"):
+        for field in ("learning_rate", "shared_rate", "head_rate", "temperature"):
             check_positive(field, getattr(self, field))
         for field in (
             "weight_decay",
@@ -147,6 +165,21 @@ class H2TuneOptions:
                 "moments do not follow the coordinates; use optimizer_state 'restart' or "
                 "selection 'leading'"
             )
+        if self.parallel and self.basis == "random":
+            raise FederationError(
+                "core 'parallel' excludes basis 'random': its core stands in a basis that clients share; "
+                "use basis 'singular', 'seeded' or 'anchored'"
+            )
+        if self.core_rank is not None and not self.parallel:
+            raise FederationError(
+                f"core_rank excludes core {self.core!r}: there the core has the rank of A and B; use core "
+                "'parallel'"
+            )
+        if self.sharing != "mean" and not self.trains_copy:
+            raise FederationError(
+                f"sharing {self.sharing!r} excludes upload 'transpose': it compares and keeps clients' "
+                "copies of the shared matrices; use upload 'gradient'"
+            )
 
     @property
     def transform(self) -> optax.GradientTransformation:
@@ -163,6 +196,16 @@ class H2TuneOptions:
     def residual(self) -> bool:
         """The core stands beside the identity."""
         return self.core == "residual"
+
+    @property
+    def parallel(self) -> bool:
+        """The core stands beside A and B, between frozen factors."""
+        return self.core == "parallel"
+
+    @property
+    def by_data(self) -> bool:
+        """Clients describe their data, so that the server knows who is alike."""
+        return self.sharing == "similar" and self.similarity == "data"
 
     @property
     def has_scores(self) -> bool:
@@ -182,7 +225,11 @@ class H2TuneOptions:
     @property
     def follows_basis(self) -> bool:
         """A and B stand for coordinates of a basis, and the selection may move."""
-        return self.basis != "random" and self.selection == "block"
+        return self.basis != "random" and self.selection == "block" and not self.parallel
+
+    def side(self, spec: CohortSpec) -> int:
+        """Rows and columns of a client's core."""
+        return self.core_rank or spec.rank
 
     def hyper(self) -> H2TuneHyper:
         """Return the traced settings' defaults as arrays."""

@@ -6,10 +6,16 @@ import jax.numpy as jnp
 from h2tune_jax.adapters import anchor, relation, triple
 from h2tune_jax.check import named_errors
 from h2tune_jax.methods.h2tune.options import H2TuneOptions
-from h2tune_jax.methods.h2tune.state import Start
-from h2tune_jax.types import Array, CohortSpec, FederationError, Specs, fold_name
-
-Basis = dict[str, tuple[Array, Array | None]]
+from h2tune_jax.methods.h2tune.state import Basis, Start
+from h2tune_jax.types import (
+    Array,
+    CohortSpec,
+    FederationError,
+    Places,
+    PyTree,
+    Specs,
+    fold_name,
+)
 
 
 def make_starts(
@@ -20,19 +26,36 @@ def make_starts(
     probe: tuple | None,
     slots: int,
     size: int,
-) -> tuple[Start, ...]:
+) -> dict[str, Start]:
     """Draw or fit, once, what each cohort's clients start from. `keys`: for scores and bases."""
     scores_key, basis_key = keys
+    outputs = None
+    if options.by_data:
+        outputs = _on_probe("layer_outputs_fn", specs, bases, probe, "similarity 'data'")
     relations = _relations(options, specs, bases, probe, slots)
     fitted: list[tuple[Basis | None, Basis | None]] = [(None, None)] * len(specs)
     if options.basis == "seeded":
         fitted = [(_seeded(options, spec, basis_key, slots, size), None) for spec in specs]
+    elif options.basis == "singular":
+        fitted = [(_singular(options, spec, base, size), None) for spec, base in zip(specs, bases)]
     elif options.basis == "anchored":
         fitted = _anchored(options, specs, basis_key, bases, probe, size)
-    return tuple(
-        Start(own, _common_scores(options, spec, scores_key, size), basis, fit)
-        for spec, own, (basis, fit) in zip(specs, relations, fitted)
-    )
+    return {
+        spec.name: Start(
+            relation=own,
+            scores=_common_scores(options, spec, scores_key, size),
+            basis=basis,
+            fit=fit,
+            texts=None if outputs is None else outputs[place][0].astype(jnp.float32),
+        )
+        for place, (spec, own, (basis, fit)) in enumerate(zip(specs, relations, fitted))
+    }
+
+
+def depth_of(options: H2TuneOptions, spec: CohortSpec) -> Places:
+    """Return where a cohort's layers stand for the relation: in their model, or in the whole one."""
+    own = relation.whole(spec.model.num_layers)
+    return spec.model.places or own if options.relation == "places" else own
 
 
 def _common_scores(
@@ -63,8 +86,9 @@ def _relations(
 ) -> list[Array | None]:
     if options.relation == "random":
         return [None] * len(specs)
-    if options.relation == "depth":
-        return [relation.depth(slots, spec.model.num_layers, spec.dtype) for spec in specs]
+    if options.relation in ("depth", "places"):
+        places = (depth_of(options, spec) for spec in specs)
+        return [relation.at_places(slots, own, spec.dtype) for own, spec in zip(places, specs)]
     outputs = _on_probe("layer_outputs_fn", specs, bases, probe, "relation 'cka'")
     grams = [relation.gram(activations) for activations in outputs]
     # The first of the deepest models is the reference: none of its layers is without a slot.
@@ -75,7 +99,7 @@ def _relations(
 
 def _seeded(options: H2TuneOptions, spec: CohortSpec, key: Array, slots: int, size: int) -> Basis:
     """Draw by relative depth, the same for every model of equal width."""
-    nearest = relation.nearest_slots(slots, spec.model.num_layers)
+    nearest = relation.nearest_slots(slots, depth_of(options, spec))
     bases: Basis = {}
     for kind in spec.kinds:
         in_dim, out_dim = spec.model.shapes[kind]
@@ -85,6 +109,24 @@ def _seeded(options: H2TuneOptions, spec: CohortSpec, key: Array, slots: int, si
         if not options.residual:
             rows = triple.basis(b_key, nearest, out_dim, size, spec.dtype)
         bases[kind] = columns, rows
+    return bases
+
+
+def _singular(options: H2TuneOptions, spec: CohortSpec, base: PyTree, size: int) -> Basis:
+    """Take the leading singular vectors of every frozen weight; their signs are those of the largest
+    entries on the left."""
+    assert spec.model.site_weights_fn is not None  # refused by `check`
+    with named_errors(spec, "site_weights_fn"):
+        weights = spec.model.site_weights_fn(base)
+    bases: Basis = {}
+    for kind in spec.kinds:
+        weight = weights[kind].astype(jnp.float32)
+        left, _, right = jnp.linalg.svd(weight, full_matrices=False)
+        left, right = left[..., :size], right[..., :size, :]
+        peak = jnp.take_along_axis(left, jnp.abs(left).argmax(axis=-2, keepdims=True), axis=-2)
+        sign = jnp.where(peak < 0, -1.0, 1.0)
+        rows = None if options.residual else (right * sign.mT).mT.astype(spec.dtype)
+        bases[kind] = (left * sign).astype(spec.dtype), rows
     return bases
 
 
@@ -107,7 +149,7 @@ def _anchored(
             holders = [i for i, other in enumerate(specs) if kind in other.kinds]
             chosen = max(holders, key=lambda i: specs[i].model.num_layers)
             theirs, deep = activations[chosen], specs[chosen].model.num_layers
-            nearest = relation.nearest_slots(deep, spec.model.num_layers)
+            nearest = relation.nearest_slots(deep, relation.whole(spec.model.num_layers))
             a_key, b_key = jax.random.split(fold_name(key, kind))
             a_keys, b_keys = jax.random.split(a_key, deep), jax.random.split(b_key, deep)
             inputs, outputs = own[kind]

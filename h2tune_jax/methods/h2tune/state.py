@@ -4,7 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from h2tune_jax.methods.h2tune.likeness import Signature
+from h2tune_jax.methods.latest import Latest
 from h2tune_jax.types import Array, CohortSpec, PyTree, Specs, order_kinds
+
+Basis = dict[str, tuple[Array, Array | None]]  # by kind: T[Li, D, R], T[Li, F, R]
 
 
 class Start(NamedTuple):
@@ -12,19 +16,24 @@ class Start(NamedTuple):
 
     relation: Array | None  # T[L, Li]; None where each client draws its own
     scores: Array | None  # T[Ki, R]; the common coordinate scores of `block`
-    basis: dict[str, tuple[Array, Array | None]] | None  # by kind: T[Li, D, R], T[Li, F, R]
+    basis: Basis | None
     fit: dict[str, tuple[Array, Array | None]] | None  # how well an anchored basis fits: f32[Li]
+    texts: Array | None  # T[n, d], the first layer on public texts, where data say who is alike
 
 
 class H2TuneServer(NamedTuple):
     """G, and the starts of the cohorts."""
 
-    middle: Array  # T[L, K, R, R]
-    starts: tuple[Start, ...]
+    middle: Array  # T[L, K, R, R]; where clients get a mean of their own, what all start from
+    starts: dict[str, Start]  # by cohort
+    latest: tuple[Latest, ...] = ()  # a cohort, where clients get a mean of their own
 
 
 class H2TuneDownload(NamedTuple):
-    """What a cohort is sent: G of its kinds; its start stands beside it."""
+    """What a cohort is sent: G of its kinds; its start stands beside it.
+
+    Where clients get a mean of their own it is the personal part of the `Download`.
+    """
 
     middle: Array  # T[L, Ki, R, R]
     start: Start
@@ -35,6 +44,7 @@ class H2TuneUpload(NamedTuple):
 
     middle: Array  # T[L, Ki, R, R]
     mask: Array  # bool[L, Ki, R, R], or bool[L, 1, 1, 1] where all entries of a slot count
+    signature: Signature | None = None  # of its data, where that says who is alike
 
 
 class H2TuneClient(NamedTuple):
@@ -47,6 +57,7 @@ class H2TuneClient(NamedTuple):
     scores: Array | None  # T[Li, Ki, R] (block) or T[Li, Ki, R, R]
     active: Array  # i32[Li, Ki, r*r], the last selection
     middle: Array  # T[Li, Ki, R, R], M at the end of the last local training
+    copy: Array | None  # T[L, Ki, R, R], its own G, where nothing is shared
     trained: Array  # bool[], has the client ever taken part
     shared_opt: PyTree  # optimiser states where they are kept between rounds, else ()
     own_opt: PyTree

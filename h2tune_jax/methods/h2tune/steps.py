@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from h2tune_jax.adapters import relation, triple
+from h2tune_jax.adapters.parallel import ParallelSite
 from h2tune_jax.adapters.site import SiteAdapter
 from h2tune_jax.method import DriftFn
 from h2tune_jax.methods.h2tune import terms
 from h2tune_jax.methods.h2tune.options import H2TuneHyper, H2TuneOptions
-from h2tune_jax.methods.h2tune.state import H2TuneClient
+from h2tune_jax.methods.h2tune.state import Basis, H2TuneClient
 from h2tune_jax.training import descend, pace, scalar_metrics
 from h2tune_jax.types import Adapters, Array, Batch, CohortSpec, FederationError, Metrics, PyTree
 
@@ -50,13 +51,36 @@ def select(
     """Choose the active entries, i32[Li, Ki, r*r]."""
     if options.selection == "random":
         return client.active  # drawn once, at the client's start
-    return triple.select(scores, spec.rank, strategy=options.selection, middle=middle)
+    return triple.select(scores, options.side(spec), strategy=options.selection, middle=middle)
 
 
 def site_adapters(
-    options: H2TuneOptions, spec: CohortSpec, a: dict, b: dict, core: Array
-) -> dict[str, SiteAdapter]:
-    """Put A, T [Li, Ki, r, r], B together by kind."""
+    options: H2TuneOptions,
+    spec: CohortSpec,
+    basis: Basis | None,
+    a: dict,
+    b: dict,
+    core: Array,
+    index: Array,
+) -> dict[str, SiteAdapter] | dict[str, ParallelSite]:
+    """Put A, T [Li, Ki, r, r], B together by kind; beside A and B, where T stands in the basis."""
+    if options.parallel:
+        assert basis is not None  # `H2TuneOptions` refuses core "parallel" without
+        sites = {}
+        for place, kind in enumerate(spec.kinds):
+            columns, rows = basis[kind]
+            assert rows is not None
+            chosen = triple.coordinates(index[:, place], core.shape[-1], columns.shape[-1])
+            sites[kind] = ParallelSite(
+                a=a[kind],
+                b=b[kind],
+                u=triple.take_columns(columns, chosen),
+                core=core[:, place],
+                v=triple.take_columns(rows, chosen).mT,
+                scale=spec.scale,
+                dropout=spec.dropout,
+            )
+        return sites
     return {
         kind: SiteAdapter(
             a=a[kind],
@@ -89,6 +113,7 @@ class LocalRound(NamedTuple):
     base: PyTree
     client: H2TuneClient  # as it was after download
     hyper: H2TuneHyper
+    basis: Basis | None
     size: int  # R
     downloaded: Array  # T[L, Ki, R, R], the G (or T[Li, Ki, R, R], the M) that training starts from
     drift_fn: DriftFn | None
@@ -111,7 +136,7 @@ class LocalRound(NamedTuple):
         middle = middle_of(self.options, self.client, shared)
         core = triple.core(middle, index, scores=shared.get("scores"))
         a, b = own.get("a", self.client.a), own.get("b", self.client.b)
-        sites = site_adapters(self.options, self.spec, a, b, core)
+        sites = site_adapters(self.options, self.spec, self.basis, a, b, core, index)
         loss, metrics = self.spec.loss_fn(Adapters(sites, own["head"]), self.base, batch, key)
         return loss, core, metrics
 
@@ -166,7 +191,8 @@ class LocalRound(NamedTuple):
             )
             keep["relation"] = relation.support(self.client.relation)
         else:
-            ones = jnp.ones((*index.shape[:2], self.spec.rank, self.spec.rank), bool)
+            side = self.options.side(self.spec)
+            ones = jnp.ones((*index.shape[:2], side, side), bool)
             keep["middle"] = triple.scatter(ones, index, self.size)
         rate = pace(self.hyper.shared_rate, self.options.schedule, step, num_steps)
         rates = dict.fromkeys(state.shared, rate)

@@ -198,4 +198,4 @@ def _num_slots(num_slots: int | None, specs: Specs) -> int:
 
 def _nearest(num_slots: int, num_layers: int) -> np.ndarray:
     with jax.ensure_compile_time_eval():
-        return np.asarray(relation.nearest_slots(num_slots, num_layers))
+        return np.asarray(relation.nearest_slots(num_slots, relation.whole(num_layers)))

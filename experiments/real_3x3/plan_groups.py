@@ -1,0 +1,96 @@
+"""The clients of the bench: models, tasks, and the groups of each federation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+MINILMS: Mapping[str, Mapping[str, Any]] = {
+    "minilm6": {"source": "minilm"},
+    "minilm4": {"source": "minilm", "prune": {"layers": [0, 1, 3, 5]}},
+    "minilm3": {"source": "minilm", "prune": {"layers": [0, 2, 5]}},
+}
+MODELS: Mapping[str, Mapping[str, Any]] = {
+    **MINILMS,
+    # Shallow layers carry a text's meaning in the mean of their tokens, not yet in the last one.
+    "smollm2": {"source": "smollm2", "prune": {"first": 6}, "pooling": "mean"},
+}
+TEXTS: Mapping[str, Mapping[str, Any]] = {
+    "trec": {"data": "trec", "max_length": 20},
+    "sarcasm": {"data": "sarcasm", "max_length": 24},
+    "reviews": {"data": "rotten_tomatoes", "max_length": 32},
+}
+TASKS: Mapping[str, Mapping[str, Any]] = {
+    **TEXTS,
+    # Two answers, scored by their likelihood: only a model with next-token logits has this task.
+    "quartz": {"data": "quartz", "kind": "multiple_choice", "max_length": 48},
+}
+RANK, EXAMPLES, VALIDATION, TEST = 8, 64, 200, 500
+BUDGET = {"batch_size": 16, "steps": 8}
+
+# Public texts of none of the tasks, for methods that fit models to each other.
+PROBE = {"data": "sms", "count": 64, "max_length": 24}
+
+
+def clients(
+    model: str, task: str, count: int = 1, *, rank: int = RANK, examples: int = EXAMPLES
+) -> dict[str, Any]:
+    """Describe the clients of one model and one task."""
+    return {
+        "name": f"{model}-{task}",
+        "count": count,
+        "rank": rank,
+        "targets": ["q", "v", "up", "down"],
+        "model": MODELS[model],
+        "task": {**TASKS[task], "train": examples, "validation": VALIDATION, "test": TEST},
+        "budget": BUDGET,
+    }
+
+
+def every_pair(**changes: int) -> tuple[dict[str, Any], ...]:
+    """Describe one client of every MiniLM and every text task."""
+    return tuple(clients(model, task, **changes) for model in MINILMS for task in TEXTS)
+
+
+def last_groups() -> tuple[dict[str, Any], ...]:
+    """Describe the last comparison: two families, and a task that only one of them has."""
+    pairs = [(model, task) for model in ("minilm6", "minilm3", "smollm2") for task in TEXTS]
+    return tuple(clients(model, task) for model, task in [*pairs, ("smollm2", "quartz")])
+
+
+SHARD_MODEL, SHARD_LAYERS = "minilm4", 4
+SHARD_RANKS = (2, 4, 8, 16)
+SHARD_EXAMPLES, SERVER_EXAMPLES = 128, 64
+
+
+def shard_name(rank: int) -> str:
+    return f"{SHARD_MODEL}_r{rank}-trec"
+
+
+def shards() -> tuple[dict[str, Any], ...]:
+    """Describe pathological shards of TREC: two clients of every rank, half of the labels each.
+
+    A group is dealt out by itself, so three of six labels is the least that its two clients can hold.
+    """
+    groups = []
+    for rank in SHARD_RANKS:
+        group = clients(SHARD_MODEL, "trec", 2, rank=rank, examples=SHARD_EXAMPLES)
+        group["name"] = shard_name(rank)
+        # One scale for all ranks: HetLoRA averages factors as they are.
+        group["alpha"] = float(rank)
+        group["task"] = {**group["task"], "partition": {"kind": "pathological", "classes": 3}}
+        groups.append(group)
+    return tuple(groups)
+
+
+def shard_server() -> dict[str, Any]:
+    """Describe the rows of the server's own, which nobody trains or is tested on."""
+    group = clients(SHARD_MODEL, "trec", examples=SERVER_EXAMPLES)
+    return {**group, "name": f"{SHARD_MODEL}_server-trec"}
+
+
+def shard_budgets() -> dict[str, int]:
+    """Say how many layers of the largest rank cost what all layers of a group's own rank cost.
+
+    One layer is the least: clients of the smallest rank get more than they could afford.
+    """
+    largest = max(SHARD_RANKS)
+    return {shard_name(rank): max(1, round(rank * SHARD_LAYERS / largest)) for rank in SHARD_RANKS}

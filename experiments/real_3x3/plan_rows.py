@@ -1,0 +1,194 @@
+"""The rows of the bench: the methods of the field, and the forms of H2Tune."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from plan_groups import SHARD_RANKS, shard_budgets
+from plan_types import RATES, Row
+
+Options = Mapping[str, Any]
+
+HEADS: Options = {"head_rate": 1e-2}
+
+BASELINES = {
+    name: Row(name, HEADS)
+    for name in (
+        "centralised", "fedit", "ffa_lora", "fedsa_lora", "hetlora", "flexlora", "flora",
+        "fedex_lora", "fedra", "fed_hello", "ce_lora", "co_lora", "heterotune",
+    )
+}  # fmt: skip
+CE_LORA_BY_CORES = Row("ce_lora", {**HEADS, "data_share": 0.0})
+LOCAL = {"local": Row("local", HEADS, "no middle matrix: every client a plain LoRA, alone")}
+
+# Written out, so that a row means the same whatever the defaults of the package become.
+PAPER: Options = {
+    "core": "residual",
+    "core_rank": "none",
+    "basis": "random",
+    "selection": "block",
+    "relation": "depth",
+    "sharing": "mean",
+    "upload": "gradient",
+    "alternation": "gauss_seidel",
+    "lambda_norm": 1.0,
+    "lambda_keep": 1.0,
+    "lambda_distil": 1.0,
+}
+TERMS = {
+    "norm": "that keeps the shared part small",
+    "keep": "that keeps the core near the last round's",
+    "distil": "that keeps the own part near the shared one's answers",
+}
+MOMENTUM: Options = {"name": "sgd", "learning_rate": 1.0, "momentum": 0.9}
+
+
+def h2tune_row(options: Options, words: str) -> Row:
+    return Row("h2tune", {**HEADS, **options}, words)
+
+
+def forms(common_basis: Options) -> dict[str, Row]:
+    """Return H2Tune as the paper has it, two forms near it, and the form in a common basis."""
+    return {
+        "h2tune": h2tune_row(PAPER, "as the paper has it, in our reading"),
+        "h2tune_joint": h2tune_row(
+            {**PAPER, "alternation": "joint"}, "the same, never alternating"
+        ),
+        "h2tune_seeded": h2tune_row({**PAPER, "basis": "seeded"}, "the same, in a seeded basis"),
+        "h2tune_common": h2tune_row({**PAPER, **common_basis}, "the form in a common basis"),
+    }
+
+
+def reference_form() -> dict[str, Row]:
+    """Return the settings that the authors' public code states."""
+    words = "all settings as the authors' public code states them"
+    return {"reference": h2tune_row({"preset": "reference"}, words)}
+
+
+def ablation(common_basis: Options) -> dict[str, Row]:
+    """Return the rows that differ from the form in a common basis by one change.
+
+    A change that needs another one has it in its words. What the form has already is left out, so the
+    list stays true whatever the form is.
+    """
+    best = {**PAPER, **common_basis}
+    return {
+        name: h2tune_row({**best, **change}, words)
+        for name, words, change in _changes(best)
+        if {**best, **change} != best
+    }
+
+
+def _changes(best: Options) -> Iterator[tuple[str, str, Options]]:
+    """Give each change as (the row's name, in plain words, options)."""
+    mean = {"sharing": "mean"}
+    yield "no_sharing", "nothing is shared: every client goes on with its own", {"sharing": "none"}
+    yield "mean", "one mean for all", mean
+    yield "similar", "a mean for each client, of those like it", {"sharing": "similar"}
+    yield (
+        "mean_momentum",
+        f"one mean for all, followed with momentum {MOMENTUM['momentum']:g} at the server",
+        {**mean, "server_optimizer": MOMENTUM},
+    )
+    yield "joint", "no alternation: all parts at once", {"alternation": "joint"}
+    yield "jacobi", "both halves of a step from one point", {"alternation": "jacobi"}
+    yield (
+        "alternating",
+        "the halves one after the other, with all three terms",
+        {"alternation": "gauss_seidel", **{f"lambda_{term}": 1.0 for term in TERMS}},
+    )
+    for term, what in TERMS.items():
+        if (
+            term == "norm" or best["alternation"] != "joint"
+        ):  # a joint step has neither of the others
+            yield f"no_{term}", f"without the term {what}", {f"lambda_{term}": "none"}
+            yield f"with_{term}", f"with the term {what}", {f"lambda_{term}": 1.0}
+
+    between = {"core_rank": "none"}
+    yield "parallel", "the core beside the own factors", {"core": "parallel"}
+    yield (
+        "residual",
+        "the core between the own factors, A (I + T) B",
+        {"core": "residual", **between},
+    )
+    yield "pure", "the core between the own factors, A T B", {"core": "pure", **between}
+    for basis, what in {
+        "seeded": "drawn from one seed",
+        "anchored": "fitted on public texts",
+        "singular": "singular vectors of the frozen weights",
+    }.items():
+        yield f"basis_{basis}", f"basis: {what}", {"basis": basis}
+    alone = {"basis": "random", "core": "residual", **between}
+    yield "basis_random", "basis: every client's own, A (I + T) B", alone
+    yield (
+        "core_leading",
+        "of the coordinates as many as the rank: the leading",
+        {**between, "selection": "leading"},
+    )
+    yield (
+        "core_block",
+        "of the coordinates as many as the rank, by trained scores",
+        {**between, "selection": "block"},
+    )
+    for selection, what in {
+        "block": "coordinates by trained scores",
+        "score": "single entries by trained scores",
+        "score_frozen": "single entries by random scores",
+        "magnitude": "the largest entries",
+        "random": "random entries",
+    }.items():
+        words = f"every client's own basis, A (I + T) B, and of the matrix {what}"
+        yield f"select_{selection}", words, {**alone, "selection": selection}
+
+    for relation, what in {
+        "depth": "by relative depth",
+        "places": "by depth in the whole model",
+        "cka": "by likeness of activations",
+        "random": "at random",
+    }.items():
+        yield f"relation_{relation}", f"layers related {what}", {"relation": relation}
+    yield (
+        "transpose",
+        "the transposed upload, and one mean for all",
+        {"upload": "transpose", **mean},
+    )
+    yield "slots_2", "two slots of layers", {"num_slots": 2}
+    rate = best.get("learning_rate", RATES[1])
+    shared = best.get("shared_rate", rate)
+    for factor in (0.3, 3.0):
+        yield (
+            f"shared_x{factor:g}",
+            f"the shared part at {factor:g} times its rate",
+            {"learning_rate": rate, "shared_rate": factor * shared},
+        )
+
+
+def shard_rows() -> dict[str, Row]:
+    """Return the rows of global learning: one head for all, but where everyone is alone.
+
+    Fed-HeLLo has one rank and clients that train few of its layers; the others have all layers and
+    small ranks. Both cost a client about the same (`plan_groups.shard_budgets`).
+    """
+    common = {
+        **HEADS,
+        "heads": "shared",
+        "budgets": shard_budgets(),
+        # Ten rounds are few: the scores of layers come after two of them, and every two.
+        "fim_warmup": 2,
+        "fim_every": 2,
+    }
+    allocations = {
+        "fim": "layers drawn by Fisher scores",
+        "gd": "layers given by a shape over depth",
+        "rgd": "layers drawn by that shape",
+        "combined": "by the shape first, then by Fisher scores",
+    }
+    return {
+        **LOCAL,
+        **{name: BASELINES[name]._replace(mean_heads=True) for name in ("hetlora", "flexlora")},
+        **{
+            f"fed_hello_{allocation}": Row(
+                "fed_hello", {**common, "allocation": allocation}, words, rank=max(SHARD_RANKS)
+            )
+            for allocation, words in allocations.items()
+        },
+    }

@@ -1,0 +1,51 @@
+"""What a plan is made of: rows (a method and its options) and settings (a federation and its rows)."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+RATES = (3e-4, 1e-3, 3e-3)
+"""The grid of learning rates, of all that is adapted but the heads."""
+
+
+class Row(NamedTuple):
+    """A method with its options, as in a config's table `method`; "none" stands for None."""
+
+    method: str
+    options: Mapping[str, Any]
+    words: str = ""  # what it is, for tables
+    rates: tuple[float, ...] = RATES
+    rank: int | None = None  # of every client, with alpha = rank; None: what its group says
+    mean_heads: bool = False  # after every round all clients get the mean of their heads
+
+
+class Point(NamedTuple):
+    """A setting's place on a curve."""
+
+    curve: str  # what is varied
+    value: int
+
+
+class Setting(NamedTuple):
+    """A federation and what is run on it. Groups are those of a config, named "model-task"."""
+
+    name: str
+    title: str
+    about: str
+    groups: tuple[Mapping[str, Any], ...]
+    rows: Mapping[str, Row]
+    seeds: tuple[int, ...]
+    grid_seeds: tuple[int, ...]
+    rounds: int = 4
+    moment: str = "trained"  # when accuracy is taken, on validation and on test rows
+    probe: Mapping[str, Any] | None = None
+    server: Mapping[str, Any] | None = None  # a group whose training rows are the server's own set
+    against: str | None = None  # the row that all others are compared with: an ablation
+    point: Point | None = None
+    shares: str | None = None  # a setting of the same federation: rows that it has too are its own
+    rates_from: str | None = None  # where rates were chosen; None: here, on the grid
+
+
+def own_rows(setting: Setting, settings: Mapping[str, Setting]) -> dict[str, Row]:
+    """Return the rows that a setting runs itself; the others are read from the setting it shares."""
+    other = {} if setting.shares is None else settings[setting.shares].rows
+    return {name: row for name, row in setting.rows.items() if other.get(name) != row}

@@ -1,0 +1,95 @@
+"""What the report says of each row: its accuracies, and its differences to others, paired by seed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import plan
+from plan_types import Setting
+
+from h2tune_jax.run.paired import OVERALL, ComparisonRow, Interval, Score, compare_scores
+
+METRIC = "accuracy"
+NOT_RIVALS = ("local", "centralised", "h2tune")
+"""Methods that are no baseline to be beaten: the floor, the ceiling, and what is compared."""
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+class Found(NamedTuple):
+    """One row of one setting, on test rows; accuracies are means over clients."""
+
+    name: str
+    rate: float
+    scores: Mapping[int, float]  # by seed
+    by_task: Mapping[str, float]  # over its clients and all seeds
+    numbers: tuple[float, float]  # up and down, a client and round
+    seconds: float  # a run, median over its seeds
+    over_floor: Interval | None  # paired by seed, as is the next
+    over_rival: Interval | None
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(list(self.scores.values())))
+
+
+def found_of(setting: Setting, lines: Lines) -> list[Found]:
+    """Collect what was measured of each row, in the setting's order."""
+    tested = [
+        line
+        for line in lines
+        if line["split"] == "test" and line["row"] in setting.rows and line["seed"] in setting.seeds
+    ]
+    to_floor = compare(tested, plan.FLOOR)
+    rival = rival_of(setting, {name: row.mean for name, row in to_floor.items()})
+    to_rival = {} if rival is None else compare(tested, rival)
+    return [
+        _found(name, [line for line in tested if line["row"] == name], to_floor, to_rival)
+        for name in setting.rows
+        if name in to_floor
+    ]
+
+
+def _found(
+    name: str,
+    own: Lines,
+    to_floor: Mapping[str, ComparisonRow],
+    to_rival: Mapping[str, ComparisonRow],
+) -> Found:
+    mean = lambda chosen: float(np.mean([line[METRIC] for line in chosen]))
+    tasks = dict.fromkeys(task_of(line["client"]) for line in own)
+    a_round = lambda way: float(np.mean([line[way] / line["round"] for line in own]))
+    return Found(
+        name=name,
+        rate=own[0]["rate"],
+        scores={seed: mean([x for x in own if x["seed"] == seed]) for seed in to_floor[name].seeds},
+        by_task={task: mean([x for x in own if task_of(x["client"]) == task]) for task in tasks},
+        numbers=(a_round("numbers_up"), a_round("numbers_down")),
+        seconds=float(np.median([line["seconds"] for line in own])),
+        over_floor=to_floor[name].difference,
+        over_rival=to_rival[name].difference if name in to_rival else None,
+    )
+
+
+def compare(lines: Lines, baseline: str) -> dict[str, ComparisonRow]:
+    """Compare every row's mean over clients with a baseline's, paired by seed."""
+    values: dict[tuple[str, int], dict[str, tuple[str, float]]] = {}
+    for line in lines:
+        run = values.setdefault((line["row"], line["seed"]), {})
+        run[line["client"]] = METRIC, line[METRIC]
+    scores = [Score(row, seed, clients) for (row, seed), clients in values.items()]
+    rows = compare_scores(scores, baseline).rows
+    return {row.method: row for row in rows if row.group == OVERALL}
+
+
+def rival_of(setting: Setting, means: Mapping[str, float]) -> str | None:
+    """Name whom rows are compared with beside the floor: the best baseline, by its test accuracy."""
+    if setting.against is not None:
+        return setting.against
+    rivals = [name for name in means if setting.rows[name].method not in NOT_RIVALS]
+    return max(rivals, key=lambda name: means[name], default=None)
+
+
+def task_of(client: str) -> str:
+    """Return the task of a client such as "minilm6-trec/0"."""
+    return client.split("/")[0].split("-")[1]
