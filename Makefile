@@ -46,7 +46,7 @@ demo: $(VENV)/.demo
 	$(BIN)/h2tune demo --out runs/demo
 
 assets: $(VENV)/.base
-	$(BIN)/python -m h2tune_jax.tasks.assets minilm smollm2 trec sarcasm rotten_tomatoes
+	$(BIN)/python -m h2tune_jax.tasks.assets minilm smollm2 trec sarcasm rotten_tomatoes sms
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

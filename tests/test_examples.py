@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import pytest
 import toy
 
 import h2tune_jax as h2
@@ -63,11 +64,26 @@ def test_the_methods_page_lists_every_method():
         assert f"| `{name}` |" in page or f"`{name}`," in page or f"h2.{name}(" in page, name
 
 
-def test_the_bench_of_methods_runs_what_is_missing(tmp_path, monkeypatch):
+def load_bench_of_methods(monkeypatch):
     folder = ROOT / "experiments/real_3x3"
     monkeypatch.syspath_prepend(str(folder))
-    bench, report = load(folder / "bench.py"), load(folder / "report.py")
-    command = ["--smoke", "--rows", "local,h2tune", "--out", str(tmp_path)]
+    return load(folder / "bench.py"), load(folder / "report.py")
+
+
+@pytest.mark.slow
+def test_the_bench_of_methods_has_every_kind_of_setting(tmp_path, monkeypatch):
+    bench, report = load_bench_of_methods(monkeypatch)
+    bench.main(["--smoke", "--out", str(tmp_path)])
+    page = report.page_of(bench.plan.smoke(tmp_path), tmp_path)
+    assert "What it cost" in page
+    assert "Not run yet" not in page
+    assert (tmp_path / "curve-rank.svg").is_file()
+    assert {line["row"] for line in bench.read(tmp_path / "rank4.csv")} == {"local", "h2tune"}
+
+
+def test_the_bench_of_methods_runs_what_is_missing(tmp_path, monkeypatch):
+    bench, report = load_bench_of_methods(monkeypatch)
+    command = ["smoke", "--smoke", "--rows", "local,h2tune", "--out", str(tmp_path)]
     bench.main(command)
     path = tmp_path / "smoke.csv"
     lines = bench.read(path)

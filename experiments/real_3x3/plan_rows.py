@@ -17,7 +17,6 @@ BASELINES = {
         "fedex_lora", "fedra", "fed_hello", "ce_lora", "co_lora", "heterotune",
     )
 }  # fmt: skip
-CE_LORA_BY_CORES = Row("ce_lora", {**HEADS, "data_share": 0.0})
 LOCAL = {"local": Row("local", HEADS, "no middle matrix: every client a plain LoRA, alone")}
 
 # Written out, so that a row means the same whatever the defaults of the package become.
@@ -28,6 +27,7 @@ PAPER: Options = {
     "selection": "block",
     "relation": "depth",
     "sharing": "mean",
+    "similarity": "matrices",
     "upload": "gradient",
     "alternation": "gauss_seidel",
     "lambda_norm": 1.0,
@@ -64,18 +64,22 @@ def reference_form() -> dict[str, Row]:
     return {"reference": h2tune_row({"preset": "reference"}, words)}
 
 
-def ablation(common_basis: Options) -> dict[str, Row]:
+def ablation(common_basis: Options, name_of_form: str) -> dict[str, Row]:
     """Return the rows that differ from the form in a common basis by one change.
 
     A change that needs another one has it in its words. What the form has already is left out, so the
-    list stays true whatever the form is.
+    list stays true whatever the form is. Where the parameters keep their meaning a row takes the form's
+    rate.
     """
     best = {**PAPER, **common_basis}
-    return {
-        name: h2tune_row({**best, **change}, words)
-        for name, words, change in _changes(best)
-        if {**best, **change} != best
-    }
+    rows = {}
+    for name, words, change in _changes(best):
+        if {**best, **change} == best:
+            continue
+        anew = not change.keys().isdisjoint(("core", "basis", "selection"))
+        row = h2tune_row({**best, **change}, words)
+        rows[name] = row if anew else row._replace(rate_of=name_of_form)
+    return rows
 
 
 def _changes(best: Options) -> Iterator[tuple[str, str, Options]]:
@@ -83,7 +87,11 @@ def _changes(best: Options) -> Iterator[tuple[str, str, Options]]:
     mean = {"sharing": "mean"}
     yield "no_sharing", "nothing is shared: every client goes on with its own", {"sharing": "none"}
     yield "mean", "one mean for all", mean
-    yield "similar", "a mean for each client, of those like it", {"sharing": "similar"}
+    yield (
+        "by_matrices",
+        "a mean for each client, of those with similar matrices",
+        {"sharing": "similar", "similarity": "matrices"},
+    )
     yield (
         "mean_momentum",
         f"one mean for all, followed with momentum {MOMENTUM['momentum']:g} at the server",

@@ -14,6 +14,9 @@ class Row(NamedTuple):
     options: Mapping[str, Any]
     words: str = ""  # what it is, for tables
     rates: tuple[float, ...] = RATES
+    rate_of: str | None = (
+        None  # a row whose rate it takes, as chosen in the setting it is run beside
+    )
     rank: int | None = None  # of every client, with alpha = rank; None: what its group says
     mean_heads: bool = False  # after every round all clients get the mean of their heads
 
@@ -35,7 +38,7 @@ class Setting(NamedTuple):
     rows: Mapping[str, Row]
     seeds: tuple[int, ...]
     grid_seeds: tuple[int, ...]
-    rounds: int = 4
+    rounds: int = 12
     moment: str = "trained"  # when accuracy is taken, on validation and on test rows
     probe: Mapping[str, Any] | None = None
     server: Mapping[str, Any] | None = None  # a group whose training rows are the server's own set

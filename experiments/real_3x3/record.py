@@ -86,23 +86,29 @@ def planned(setting: Setting, name: str, row: Row, split: str, folder: Path) -> 
     Raises `RateUnknown`.
     """
     if split == "validation":
-        grid = row.rates if setting.rates_from is None else ()
+        grid = row.rates if has_grid(setting, row) else ()
         return [Run(name, rate, seed, split) for rate in grid for seed in setting.grid_seeds]
-    chosen_in = setting.rates_from or setting.name
+    beside = setting.shares if row.rate_of is not None else setting.rates_from
+    chosen_in, chosen_by = beside or setting.name, row.rate_of or name
     try:
-        rate = chosen_rate(read(path_of(chosen_in, folder)), name, row.rates)
+        rate = chosen_rate(read(path_of(chosen_in, folder)), chosen_by, row.rates)
     except RateUnknown as error:
         raise RateUnknown(
             f"{setting.name} takes the rates that were chosen in {chosen_in}: {error} there; run "
-            f"`bench.py {chosen_in} --rows {name}` first"
+            f"`bench.py {chosen_in} --rows {chosen_by}` first"
         ) from None
     return [Run(name, rate, seed, split) for seed in setting.seeds]
 
 
 def num_runs(setting: Setting, row: Row) -> int:
     """Count a row's runs, those of the grid included."""
-    grid = 0 if setting.rates_from is not None else len(row.rates) * len(setting.grid_seeds)
+    grid = len(row.rates) * len(setting.grid_seeds) if has_grid(setting, row) else 0
     return grid + len(setting.seeds)
+
+
+def has_grid(setting: Setting, row: Row) -> bool:
+    """Say whether a row's rate is chosen here."""
+    return setting.rates_from is None and row.rate_of is None
 
 
 class Progress(NamedTuple):
