@@ -20,7 +20,14 @@ from h2tune_jax.methods.fedsa_lora import fedsa_lora
 from h2tune_jax.methods.ffa_lora import ffa_lora
 from h2tune_jax.methods.flexlora import flexlora
 from h2tune_jax.methods.flora import flora
-from h2tune_jax.methods.h2tune import REFERENCE, H2TuneHyper, H2TuneOptions, h2tune, shared_kinds
+from h2tune_jax.methods.h2tune import (
+    COMMON,
+    REFERENCE,
+    H2TuneHyper,
+    H2TuneOptions,
+    h2tune,
+    shared_kinds,
+)
 from h2tune_jax.methods.heterotune import heterotune
 from h2tune_jax.methods.hetlora import hetlora
 from h2tune_jax.methods.local import local
@@ -45,10 +52,12 @@ from h2tune_jax.types import (
     Download,
     FederationError,
     ModelSpec,
+    Places,
     RoundState,
 )
 
 __all__ = [
+    "COMMON",
     "KINDS",
     "REFERENCE",
     "Adapters",
@@ -62,6 +71,7 @@ __all__ = [
     "H2TuneHyper",
     "H2TuneOptions",
     "ModelSpec",
+    "Places",
     "RoundMetrics",
     "RoundState",
     "SiteAdapter",

@@ -223,13 +223,23 @@ def specs_of(name):
     return make_specs(mixed=row.mixed, rank=rank, targets=targets)
 
 
-def param_of(name):
-    # A method's programs are compiled once, on the worker that has its group; its further forms are slow.
-    marks = [pytest.mark.xdist_group(name)] + [pytest.mark.slow] * ("-" in name)
-    return pytest.param(name, marks=marks)
+# What is made of the same parts as a method that is not slow: FedIT, Fed-HeLLo.
+ALIKE = ("ffa_lora", "fedsa_lora", "fedra")
+FEW = ("h2tune", "local", "fedavg", "fedit", "fed_hello", "co_lora")
 
 
-@pytest.fixture(params=[param_of(name) for name in METHODS], scope="module")
+def params(fast=METHODS):
+    """All methods; further forms of one are slow, and so is what is not among the fast."""
+    found = []
+    for name in METHODS:
+        is_slow = "-" in name or name in ALIKE or name not in fast
+        # A method's programs are compiled once, on the worker that has its group.
+        marks = [pytest.mark.xdist_group(name)] + [pytest.mark.slow] * is_slow
+        found.append(pytest.param(name, marks=marks))
+    return found
+
+
+@pytest.fixture(params=params(), scope="module")
 def case(request):
     case = Case(request.param, METHODS[request.param](), specs_of(request.param))
     yield case
@@ -239,6 +249,7 @@ def case(request):
     gc.collect()
 
 
+@pytest.mark.parametrize("case", params(fast=FEW), indirect=True)
 def test_clients_at_once_equal_clients_in_turn(case):
     # `scan` runs the method's client functions as they are written, for one client after the other.
     # Of the cohort of most layers and the largest rank: a second program of all takes long to compile.

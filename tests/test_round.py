@@ -58,6 +58,7 @@ def test_chunks_with_a_remainder_equal_clients_in_turn():
     toy.assert_trees_close(chunks, expected)
 
 
+@pytest.mark.slow
 def test_rounds_scan_and_runs_map_over_seeds_and_rates():
     # Plain SGD: Adam would blow the rounding of a batched product up to its own scale.
     method = h2.h2tune(learning_rate=0.02, optimizer=optax.identity())
@@ -88,8 +89,8 @@ def test_rounds_scan_and_runs_map_over_seeds_and_rates():
 @pytest.mark.parametrize(
     ("client_axis", "sampled"),
     [
-        ("scan", False),
         ("vmap", True),
+        pytest.param("scan", False, marks=pytest.mark.slow),
         pytest.param("scan", True, marks=pytest.mark.slow),
         pytest.param("vmap", False, marks=pytest.mark.slow),
     ],
@@ -442,7 +443,11 @@ def test_the_warm_start_stays_a_branch_under_vmap_over_seeds():
 
 
 @pytest.mark.parametrize(
-    "method", [h2.local(optimizer=optax.identity()), h2.h2tune(optimizer=optax.identity())]
+    "method",
+    [
+        h2.local(optimizer=optax.identity()),
+        pytest.param(h2.h2tune(optimizer=optax.identity()), marks=pytest.mark.slow),
+    ],
 )
 def test_a_cohort_has_its_own_rate_for_the_head(method):
     specs = toy.make_specs(budget=h2.Budget(batch_size=4, steps=1))

@@ -35,7 +35,7 @@ def test_table_choice(interpreted):
         assert max(errors.values()) <= TOLERANCE["float16"]
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("sparse", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_transformations(interpreted, sparse):
     errors = interpreted(kernel_checks.same_under_transforms, "triton", "around", sparse)
     assert {name: e for name, e in errors.items() if not e <= TOLERANCE["float32"]} == {}

@@ -187,7 +187,9 @@ def trained(**options):
     return specs, method, first, state, metrics
 
 
-@pytest.mark.parametrize(("num_blocks", "kept"), [(1, "restart"), (2, "kept")])
+@pytest.mark.parametrize(
+    ("num_blocks", "kept"), [pytest.param(1, "restart", marks=pytest.mark.slow), (2, "kept")]
+)
 def test_a_round_of_it(num_blocks, kept):
     _, _, first, state, metrics = trained(num_blocks=num_blocks, optimizer_state=kept)
     # What is kept of an optimiser are its moments, not the sum of gradients beside them.

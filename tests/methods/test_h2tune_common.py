@@ -10,7 +10,7 @@ import toy
 
 import h2tune_jax as h2
 from h2tune_jax.methods.h2tune.likeness import Signature, distance, signature
-from h2tune_jax.methods.h2tune.options import H2TuneOptions
+from h2tune_jax.methods.h2tune.options import H2TuneOptions, make_options
 from h2tune_jax.methods.h2tune.similar import alike, hear, similarity
 from h2tune_jax.methods.h2tune.state import H2TuneServer, H2TuneUpload
 from h2tune_jax.methods.latest import Latest
@@ -18,6 +18,15 @@ from h2tune_jax.types import Places
 
 OPTIONS = H2TuneOptions(sharing="similar", temperature=0.4)
 COMMON = {"core": "parallel", "basis": "singular", "selection": "leading"}
+
+
+def test_the_preset_changes_by_keyword():
+    assert make_options(h2.COMMON, {}) == h2.COMMON
+    changed = make_options(h2.COMMON, {"learning_rate": 1e-2, "shared_rank": 4, "core_rank": 4})
+    assert (changed.learning_rate, changed.shared_rate) == (1e-2, h2.COMMON.shared_rate)
+    h2.h2tune(changed).check(toy.make_specs())
+    with pytest.raises(h2.FederationError, match="site 'q' has 8 singular vectors"):
+        h2.h2tune(h2.COMMON).check(toy.make_specs())
 
 
 def test_the_singular_basis_belongs_to_the_frozen_weight():

@@ -77,7 +77,12 @@ def test_absent_kinds_are_unadapted():
 
 
 @pytest.mark.parametrize(
-    ("arch", "remat"), [("bert", "full"), ("qwen2", "dots"), ("gpt2", "dots_no_batch")]
+    ("arch", "remat"),
+    [
+        ("bert", "full"),
+        pytest.param("qwen2", "dots", marks=pytest.mark.slow),
+        pytest.param("gpt2", "dots_no_batch", marks=pytest.mark.slow),
+    ],
 )
 def test_remat_changes_no_number(arch, remat):
     def gradient(choice):

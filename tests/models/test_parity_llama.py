@@ -178,6 +178,7 @@ ENGLISH = (
 )
 
 
+@pytest.mark.slow
 def test_smollm2_prefers_english_to_shuffled_words(smollm2_model, smollm2_torch):
     model, base = smollm2_model
     _, tokenizer = smollm2_torch

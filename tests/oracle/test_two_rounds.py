@@ -422,10 +422,9 @@ def check_case(case: Case, dtype: str) -> None:
 
 
 # Every form in float64, where agreement is closest; those of the default alternation in float32 as well.
+FEW = ("gradient-gauss_seidel-residual", "transpose-jacobi-pure")  # also in float32
 FORMS = [
-    pytest.param(
-        name, dtype, marks=[pytest.mark.slow] * (dtype == "float32" and "gauss" not in name)
-    )
+    pytest.param(name, dtype, marks=[pytest.mark.slow] * (dtype == "float32" and name not in FEW))
     for name, dtype in itertools.product(GRID, TOLERANCE)
 ]
 

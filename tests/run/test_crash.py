@@ -143,7 +143,7 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("store", ["device", "file"])
+@pytest.mark.parametrize("store", [pytest.param("device", marks=pytest.mark.slow), "file"])
 def test_damage_to_any_file_of_the_newest_checkpoint_changes_nothing_in_the_end(tmp_path, store):
     """The run is cut short after round 4 of 6, damaged, and gone on with."""
     config, federation = crash_child.settings(store, 6), crash_child.federation()

@@ -109,6 +109,7 @@ def test_one_part_lives_at_a_time():
     assert temporary(accumulate(loss_fn, 8)) < kept / 3
 
 
+@pytest.mark.slow
 def test_methods_do_not_notice():
     """A round of H2Tune, whose distillation reads the logits, ends where the whole batches end."""
     method = h2.h2tune(learning_rate=1e-2, warmup_rounds=0, lambda_distil=1.0)

@@ -15,7 +15,13 @@ from typing import Any
 
 from h2tune_jax.method import FederatedMethod
 from h2tune_jax.methods.h2tune import client, server
-from h2tune_jax.methods.h2tune.options import REFERENCE, H2TuneHyper, H2TuneOptions, make_options
+from h2tune_jax.methods.h2tune.options import (
+    COMMON,
+    REFERENCE,
+    H2TuneHyper,
+    H2TuneOptions,
+    make_options,
+)
 from h2tune_jax.methods.h2tune.state import (
     H2TuneClient,
     H2TuneServer,
@@ -24,6 +30,7 @@ from h2tune_jax.methods.h2tune.state import (
 )
 
 __all__ = [
+    "COMMON",
     "REFERENCE",
     "H2TuneClient",
     "H2TuneHyper",

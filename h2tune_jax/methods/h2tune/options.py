@@ -284,3 +284,21 @@ REFERENCE = H2TuneOptions(
     schedule=cosine_schedule(warmup=0.01),
 )
 """What the authors' public code states (it does not run what it states; see `docs/h2tune.md`)."""
+
+COMMON = H2TuneOptions(
+    shared_rank=64,
+    core="parallel",
+    core_rank=64,
+    basis="singular",
+    selection="leading",
+    relation="places",
+    sharing="similar",
+    similarity="data",
+    alternation="joint",
+    lambda_norm=None,
+    lambda_keep=None,
+    lambda_distil=None,
+    learning_rate=3e-4,
+    shared_rate=1e-2,
+)
+"""A form in which sharing carries knowledge between tasks and depths; see `docs/h2tune.md`."""
