@@ -107,7 +107,8 @@ class ModelSpec:
         if self.num_layers < 1:
             raise FederationError(f"num_layers must be at least 1, got {self.num_layers}")
         if self.places is not None:
-            layers, depth = self.places
+            layers, depth = tuple(self.places[0]), self.places[1]
+            object.__setattr__(self, "places", Places(layers, depth))
             if len(layers) != self.num_layers or not all(0 <= place < depth for place in layers):
                 raise FederationError(
                     f"places: expected the places of {self.num_layers} layers below {depth}, got {layers}"

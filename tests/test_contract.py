@@ -57,6 +57,7 @@ METHODS = {
         sharing="similar",
         core_rank=4,
         relation="places",
+        train_relation=False,
     ),
     "h2tune-alike": lambda: h2.h2tune(learning_rate=0.02, sharing="similar", similarity="data"),
     "h2tune-none": lambda: h2.h2tune(learning_rate=0.02, sharing="none"),

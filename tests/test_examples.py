@@ -73,12 +73,20 @@ def load_bench_of_methods(monkeypatch):
 @pytest.mark.slow
 def test_the_bench_of_methods_has_every_kind_of_setting(tmp_path, monkeypatch):
     bench, report = load_bench_of_methods(monkeypatch)
+    bench.main(["--list"])  # builds the method of every row of the plan
     bench.main(["--smoke", "--out", str(tmp_path)])
     page = report.page_of(bench.plan.smoke(tmp_path), tmp_path)
     assert "What it cost" in page
     assert "Not run yet" not in page
     assert (tmp_path / "curve-rank.svg").is_file()
     assert {line["row"] for line in bench.read(tmp_path / "rank4.csv")} == {"local", "h2tune"}
+    lines = bench.read(tmp_path / "newcomers.csv")
+    newcomers = [line for line in lines if line["split"] == "newcomer"]
+    assert {line["client"] for line in newcomers} == {"tiny-words/2"}
+    assert {line["client"] for line in lines if line not in newcomers} == {
+        "tiny-words/0",
+        "tiny-words/1",
+    }
 
 
 def test_the_bench_of_methods_runs_what_is_missing(tmp_path, monkeypatch):

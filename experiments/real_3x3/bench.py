@@ -19,11 +19,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import plan
-from one_run import federation_of, lines_of, method_of, programs_of
+from one_run import federation_of, lines_of, method_of, programs_of, specs_of
 from plan_types import Row, Setting, own_rows
 from record import (
+    OtherPlan,
     RateUnknown,
     append,
+    check_plan,
     chosen_rate,
     done,
     path_of,
@@ -51,7 +53,15 @@ def bench(setting: Setting, chosen: Mapping[str, Row], out: Path) -> None:
             federations[seed] = federation_of(setting, seed, bases)
         return federations[seed]
 
+    check_plan(setting, chosen, read(path))
     print(describe(setting, chosen, out), flush=True)
+    far = progress(setting, chosen, read(path))
+    if far.finished == far.total:
+        return
+    # A row that is refused is to be known now, not hours later.
+    specs = federation(setting.seeds[0]).specs
+    for row in chosen.values():
+        method_of(row).check(specs_of(row, specs))
     for name, row in chosen.items():
         programs = None
         for split in ("validation", "test"):
@@ -142,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for setting, rows in chosen.values():
         try:
             bench(setting, rows, args.out)
-        except RateUnknown as error:
+        except (OtherPlan, RateUnknown) as error:
             parser.error(str(error))
 
 

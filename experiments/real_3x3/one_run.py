@@ -3,12 +3,13 @@
 import dataclasses
 import os
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from plan_types import Row, Setting
+from plan_types import Row, Setting, fingerprint
 from record import Run
 
 import h2tune_jax as h2
@@ -20,14 +21,18 @@ from h2tune_jax.run.settings import MethodConfig
 TEST_BATCH = 50
 
 
+FEW_ROWS = 200  # of the test, for the moments that stand beside the one that counts
+
+
 class Programs(NamedTuple):
     """One row on one federation's shapes, compiled at most once: rates and seeds are arguments."""
 
     method: h2.FederatedMethod
     specs: tuple
     round_fn: Any
-    evaluate: Any
-    mean_heads: bool
+    evaluate: Mapping[str, Any]  # by moment
+    row: Row
+    newcomers: int
 
 
 def federation_of(setting: Setting, seed: int, bases: tuple | None) -> Federation:
@@ -62,14 +67,23 @@ def method_of(row: Row) -> h2.FederatedMethod:
     return build_method(MethodConfig(name=row.method, **row.options))
 
 
+def specs_of(row: Row, specs: tuple) -> tuple:
+    """Return the cohorts as a row has them."""
+    if row.rank is None:
+        return specs
+    changes = {"rank": row.rank, "alpha": float(row.rank)}
+    return tuple(dataclasses.replace(spec, **changes) for spec in specs)
+
+
 def programs_of(setting: Setting, row: Row, specs: tuple) -> Programs:
     """Build a row's programs."""
-    method = method_of(row)
-    if row.rank is not None:
-        changes = {"rank": row.rank, "alpha": float(row.rank)}
-        specs = tuple(dataclasses.replace(spec, **changes) for spec in specs)
-    evaluate = h2.make_evaluate(method, specs, batch_size=TEST_BATCH, moment=setting.moment)
-    return Programs(method, specs, h2.make_round(method, specs), evaluate, row.mean_heads)
+    method, specs = method_of(row), specs_of(row, specs)
+    evaluate = {
+        moment: h2.make_evaluate(method, specs, batch_size=TEST_BATCH, moment=moment)
+        for moment in ("trained", "downloaded")
+    }
+    round_fn = h2.make_round(method, specs)
+    return Programs(method, specs, round_fn, evaluate, row, setting.newcomers)
 
 
 def with_rate(hyper: Any, rate: float) -> Any:
@@ -99,54 +113,129 @@ def head_numbers(state: h2.RoundState) -> int:
     return sum(leaf[0].size for leaf in jax.tree.leaves(state.clients[0].params["head"]))
 
 
+class Trained(NamedTuple):
+    """A federation after its rounds. By cohort, for each client that took part:"""
+
+    state: h2.RoundState
+    travelled: Mapping[str, np.ndarray]  # [2, S], the numbers that it sent up and got, in all
+    refused: Mapping[str, np.ndarray]  # [S], in how many rounds it was not finite
+
+
 def train(
     programs: Programs, federation: Federation, rounds: int, rate: float, seed: int
-) -> tuple[h2.RoundState, dict[str, np.ndarray]]:
-    """Train a federation: -> (its state, numbers [2, C] that each client sent up and got, in all)."""
+) -> Trained:
+    """Train all clients but the newcomers."""
     method, specs = programs.method, programs.specs
     state = h2.init_round(method, specs, federation.bases, federation.probe, jax.random.key(seed))
     heads = 0
-    if programs.mean_heads:
+    if programs.row.mean_heads:
         heads, state = head_numbers(state), with_mean_heads(state)
-    hyper = with_rate(method.hyper, rate)
-    travelled = {spec.name: np.zeros((2, spec.num_clients)) for spec in specs}
+    travelled = {spec.name: np.zeros((2, len(ids))) for spec, ids in zip(specs, usual(programs))}
+    refused = {name: np.zeros(counts.shape[1], int) for name, counts in travelled.items()}
     for _ in range(rounds):
-        state, metrics = programs.round_fn(
-            state, federation.bases, federation.train, None, None, hyper, np.uint32(seed),
-            federation.probe,
-        )  # fmt: skip
-        if programs.mean_heads:
+        state, metrics = one_round(programs, federation, state, usual(programs), rate, seed)
+        if programs.row.mean_heads:
             state = with_mean_heads(state)
         for name, seen in metrics.clients.items():
-            if not np.asarray(seen["finite"]).all():
-                print(f"  seed {seed}, rate {rate:g}: {name} was not finite", flush=True)
+            refused[name] += ~np.asarray(seen["finite"])
             for place, way in enumerate(("numbers_up", "numbers_down")):
                 travelled[name][place] += np.asarray(seen[way], float) + heads
-    return state, travelled
+    return Trained(state, travelled, refused)
+
+
+Ids = tuple[np.ndarray, ...]  # i32[S] a cohort
+
+
+def usual(programs: Programs) -> Ids:
+    """Return the ids of all clients but the newcomers, who are the last."""
+    return tuple(
+        np.arange(s.num_clients - programs.newcomers, dtype=np.int32) for s in programs.specs
+    )
+
+
+def new(programs: Programs) -> Ids:
+    """Return the newcomers' ids."""
+    return tuple(
+        np.arange(s.num_clients - programs.newcomers, s.num_clients, dtype=np.int32)
+        for s in programs.specs
+    )
+
+
+def one_round(
+    programs: Programs,
+    federation: Federation,
+    state: h2.RoundState,
+    ids: Ids,
+    rate: float,
+    seed: int,
+) -> tuple[h2.RoundState, Any]:
+    """Run one round; where there are no newcomers, of all in order, which saves a gather."""
+    return programs.round_fn(
+        state, federation.bases, federation.train, ids if programs.newcomers else None, None,
+        with_rate(programs.method.hyper, rate), np.uint32(seed), federation.probe,
+    )  # fmt: skip
+
+
+def measure(
+    programs: Programs,
+    federation: Federation,
+    state: h2.RoundState,
+    rows: tuple[h2.ClientData, ...],
+    ids: Ids,
+    moment: str,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Evaluate some clients: -> metrics by cohort, each [S]."""
+    cut = lambda tree, chosen: jax.tree.map(lambda leaf: leaf[chosen], tree)
+    some = state._replace(clients=tuple(map(cut, state.clients, ids)))
+    own = tuple(map(cut, rows, ids))
+    return jax.device_get(programs.evaluate[moment](some, federation.bases, own, ids))
 
 
 def lines_of(
     setting: Setting, programs: Programs, federation: Federation, run: Run
 ) -> list[dict[str, Any]]:
-    """Do one run: -> its lines, one a client."""
+    """Do one run: -> its lines, one a client.
+
+    On test rows two other moments stand beside the one that counts, as splits of their own: the clients
+    right after a download, and newcomers after a round of their own.
+    """
     began = time.perf_counter()
-    state, travelled = train(programs, federation, setting.rounds, run.rate, run.seed)
+    state, travelled, refused = train(programs, federation, setting.rounds, run.rate, run.seed)
     rows = federation.test if run.split == "test" else federation.validation
-    found = jax.device_get(programs.evaluate(state, federation.bases, rows))
+    ids = usual(programs)
+    few = tuple(first_rows(one, FEW_ROWS) for one in rows)
+    found = {run.split: measure(programs, federation, state, rows, ids, setting.moment)}
+    if run.split == "test" and setting.newcomers:
+        found["downloaded"] = measure(programs, federation, state, few, ids, "downloaded")
+        # They take the places of as many others, so that the round is the same program.
+        late = tuple(
+            np.concatenate([old[: len(old) - len(fresh)], fresh])
+            for old, fresh in zip(ids, new(programs))
+        )
+        state, _ = one_round(programs, federation, state, late, run.rate, run.seed)
+        found["newcomer"] = measure(programs, federation, state, few, new(programs), "trained")
     seconds = time.perf_counter() - began
-    lines = []
-    for spec, held in zip(programs.specs, rows):
-        counts = np.asarray(held.num_examples)
-        for client in range(spec.num_clients):
-            up, down = travelled[spec.name][:, client]
-            lines.append({
-                "setting": setting.name, "row": run.row, "rate": run.rate, "seed": run.seed,
-                "split": run.split, "round": setting.rounds, "client": f"{spec.name}/{client}",
-                "examples": int(counts[client]),
-                "accuracy": round(float(found[spec.name]["accuracy"][client]), 6),
-                "loss": round(float(found[spec.name]["loss"][client]), 6),
-                "numbers_up": int(up), "numbers_down": int(down), "seconds": round(seconds, 1),
-                "device": jax.devices()[0].device_kind,
-                "cores": len(os.sched_getaffinity(0)), "jax": jax.__version__,
-            })  # fmt: skip
-    return lines
+    return [
+        {
+            "setting": setting.name, "row": run.row, "plan": fingerprint(setting, programs.row),
+            "rate": run.rate, "seed": run.seed, "split": split, "round": setting.rounds,
+            "client": f"{spec.name}/{client}",
+            "examples": int((rows if split == run.split else few)[cohort].num_examples[client]),
+            "accuracy": round(float(found[split][spec.name]["accuracy"][place]), 6),
+            "loss": round(float(found[split][spec.name]["loss"][place]), 6),
+            "refused": int(refused[spec.name][place]) if split == run.split else 0,
+            "numbers_up": int(travelled[spec.name][0, place]) if split == run.split else 0,
+            "numbers_down": int(travelled[spec.name][1, place]) if split == run.split else 0,
+            "seconds": round(seconds, 1), "device": jax.devices()[0].device_kind,
+            "cores": len(os.sched_getaffinity(0)), "jax": jax.__version__,
+        }
+        for split in found
+        for cohort, spec in enumerate(programs.specs)
+        for place, client in enumerate((new(programs) if split == "newcomer" else ids)[cohort])
+    ]  # fmt: skip
+
+
+def first_rows(data: h2.ClientData, count: int) -> h2.ClientData:
+    """Keep every client's first rows."""
+    examples = jax.tree.map(lambda leaf: leaf[:, :count], data.examples)
+    return h2.ClientData(examples, jnp.minimum(data.num_examples, count))

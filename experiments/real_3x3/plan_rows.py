@@ -20,20 +20,34 @@ BASELINES = {
 LOCAL = {"local": Row("local", HEADS, "no middle matrix: every client a plain LoRA, alone")}
 
 # Written out, so that a row means the same whatever the defaults of the package become.
-PAPER: Options = {
+BETWEEN: Options = {
+    "shared_rank": 16,  # twice the rank: so there is something to select
+    "num_slots": "none",
     "core": "residual",
     "core_rank": "none",
-    "basis": "random",
     "selection": "block",
+    "select_at": "download",
+    "basis": "random",
+    "train_factors": True,
+    "g_init": "zero",
     "relation": "depth",
-    "sharing": "mean",
-    "similarity": "matrices",
+    "train_relation": True,
     "upload": "gradient",
     "alternation": "gauss_seidel",
+    "warmup_rounds": 1,
+    "sharing": "mean",
+    "similarity": "matrices",
+    "temperature": 0.5,
+    "signature_examples": 16,
+    "average": "none",
     "lambda_norm": 1.0,
     "lambda_keep": 1.0,
     "lambda_distil": 1.0,
+    "distil_average": "positions",
+    "weight_decay": 0.0,
+    "optimizer_state": "restart",
 }
+AS_IN_THE_PAPER: Options = {"selection": "score", "relation": "random", "g_init": "uniform"}
 TERMS = {
     "norm": "that keeps the shared part small",
     "keep": "that keeps the core near the last round's",
@@ -47,20 +61,23 @@ def h2tune_row(options: Options, words: str) -> Row:
 
 
 def forms(common_basis: Options) -> dict[str, Row]:
-    """Return H2Tune as the paper has it, two forms near it, and the form in a common basis."""
+    """Return H2Tune with a core between own factors, and in a common basis, each shared and alone."""
+    paper, common = {**BETWEEN, **AS_IN_THE_PAPER}, {**BETWEEN, **common_basis}
+    alone = {"sharing": "none"}
     return {
-        "h2tune": h2tune_row(PAPER, "as the paper has it, in our reading"),
-        "h2tune_joint": h2tune_row(
-            {**PAPER, "alternation": "joint"}, "the same, never alternating"
+        "h2tune_paper": h2tune_row(
+            paper, "the paper's selection and start of the relation, in our reading"
         ),
-        "h2tune_seeded": h2tune_row({**PAPER, "basis": "seeded"}, "the same, in a seeded basis"),
-        "h2tune_common": h2tune_row({**PAPER, **common_basis}, "the form in a common basis"),
+        "h2tune": h2tune_row(BETWEEN, "block selection, relation by depth"),
+        "h2tune_alone": h2tune_row({**BETWEEN, **alone}, "the same, and nothing is shared"),
+        "h2tune_common": h2tune_row(common, "the form in a common basis"),
+        "h2tune_common_alone": h2tune_row({**common, **alone}, "the same, and nothing is shared"),
     }
 
 
 def reference_form() -> dict[str, Row]:
     """Return the settings that the authors' public code states."""
-    words = "all settings as the authors' public code states them"
+    words = "as the authors' public code states it, but for the rates"
     return {"reference": h2tune_row({"preset": "reference"}, words)}
 
 
@@ -71,7 +88,7 @@ def ablation(common_basis: Options, name_of_form: str) -> dict[str, Row]:
     list stays true whatever the form is. Where the parameters keep their meaning a row takes the form's
     rate.
     """
-    best = {**PAPER, **common_basis}
+    best = {**BETWEEN, **common_basis}
     rows = {}
     for name, words, change in _changes(best):
         if {**best, **change} == best:
@@ -85,7 +102,6 @@ def ablation(common_basis: Options, name_of_form: str) -> dict[str, Row]:
 def _changes(best: Options) -> Iterator[tuple[str, str, Options]]:
     """Give each change as (the row's name, in plain words, options)."""
     mean = {"sharing": "mean"}
-    yield "no_sharing", "nothing is shared: every client goes on with its own", {"sharing": "none"}
     yield "mean", "one mean for all", mean
     yield (
         "by_matrices",
@@ -98,20 +114,25 @@ def _changes(best: Options) -> Iterator[tuple[str, str, Options]]:
         {**mean, "server_optimizer": MOMENTUM},
     )
     yield "joint", "no alternation: all parts at once", {"alternation": "joint"}
-    yield "jacobi", "both halves of a step from one point", {"alternation": "jacobi"}
+    alternating = {"alternation": "gauss_seidel"}
+    terms = {f"lambda_{term}": 1.0 for term in TERMS}
+    yield "alternating", "the halves of a step one after the other, without terms", alternating
     yield (
-        "alternating",
-        "the halves one after the other, with all three terms",
-        {"alternation": "gauss_seidel", **{f"lambda_{term}": 1.0 for term in TERMS}},
+        "alternating_distil",
+        "the same, with distillation",
+        {**alternating, "lambda_distil": 1.0},
     )
-    for term, what in TERMS.items():
-        if (
-            term == "norm" or best["alternation"] != "joint"
-        ):  # a joint step has neither of the others
-            yield f"no_{term}", f"without the term {what}", {f"lambda_{term}": "none"}
-            yield f"with_{term}", f"with the term {what}", {f"lambda_{term}": 1.0}
+    yield "alternating_terms", "the same, with all three terms", {**alternating, **terms}
+    yield (
+        "jacobi_terms",
+        "both halves from one point, with all three terms",
+        {"alternation": "jacobi", **terms},
+    )
+    yield "with_norm", f"with the term {TERMS['norm']}", {"lambda_norm": 1.0}
 
-    between = {"core_rank": "none"}
+    # Between a client's own factors a core trained ten times as fast as they are would run away.
+    rate = best.get("learning_rate", RATES[1])
+    between = {"core_rank": "none", "learning_rate": rate, "shared_rate": rate}
     yield "parallel", "the core beside the own factors", {"core": "parallel"}
     yield (
         "residual",
@@ -130,12 +151,12 @@ def _changes(best: Options) -> Iterator[tuple[str, str, Options]]:
     yield (
         "core_leading",
         "of the coordinates as many as the rank: the leading",
-        {**between, "selection": "leading"},
+        {"core_rank": "none", "selection": "leading"},
     )
     yield (
         "core_block",
         "of the coordinates as many as the rank, by trained scores",
-        {**between, "selection": "block"},
+        {"core_rank": "none", "selection": "block"},
     )
     for selection, what in {
         "block": "coordinates by trained scores",
@@ -160,7 +181,7 @@ def _changes(best: Options) -> Iterator[tuple[str, str, Options]]:
         {"upload": "transpose", **mean},
     )
     yield "slots_2", "two slots of layers", {"num_slots": 2}
-    rate = best.get("learning_rate", RATES[1])
+    yield "relation_trained", "the relation is trained too", {"train_relation": True}
     shared = best.get("shared_rate", rate)
     for factor in (0.3, 3.0):
         yield (
@@ -180,7 +201,7 @@ def shard_rows() -> dict[str, Row]:
         **HEADS,
         "heads": "shared",
         "budgets": shard_budgets(),
-        # Ten rounds are few: the scores of layers come after two of them, and every two.
+        # Twelve rounds are few: the scores of layers come after two of them, and every two.
         "fim_warmup": 2,
         "fim_every": 2,
     }

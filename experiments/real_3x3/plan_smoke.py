@@ -23,7 +23,7 @@ def smoke(folder: Path) -> dict[str, Setting]:
     data = folder / "words.jsonl"
     data.write_text("\n".join(lines))
 
-    forms = plan_rows.forms({})
+    forms = plan_rows.forms({"shared_rank": 4})
     rows = {**plan_rows.LOCAL, "fedit": plan_rows.BASELINES["fedit"], "h2tune": forms["h2tune"]}
     some = {name: rows[name] for name in ("local", "h2tune")}
     tiny = Setting(
@@ -50,6 +50,12 @@ def smoke(folder: Path) -> dict[str, Setting]:
     }
     settings = (
         tiny,
+        tiny._replace(
+            name="newcomers",
+            groups=({**_clients("tiny-words", data), "count": 3},),
+            rows=some,
+            newcomers=1,
+        ),
         tiny._replace(name="ablation", rows=some, against="h2tune", shares="smoke"),
         tiny._replace(
             name="shards",

@@ -1,5 +1,6 @@
 """What a plan is made of: rows (a method and its options) and settings (a federation and its rows)."""
 
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,9 +15,7 @@ class Row(NamedTuple):
     options: Mapping[str, Any]
     words: str = ""  # what it is, for tables
     rates: tuple[float, ...] = RATES
-    rate_of: str | None = (
-        None  # a row whose rate it takes, as chosen in the setting it is run beside
-    )
+    rate_of: str | None = None  # a row of the shared setting, whose rate it takes
     rank: int | None = None  # of every client, with alpha = rank; None: what its group says
     mean_heads: bool = False  # after every round all clients get the mean of their heads
 
@@ -40,12 +39,24 @@ class Setting(NamedTuple):
     grid_seeds: tuple[int, ...]
     rounds: int = 12
     moment: str = "trained"  # when accuracy is taken, on validation and on test rows
+    newcomers: int = (
+        0  # of each group's clients, who train for one round when the others are through
+    )
     probe: Mapping[str, Any] | None = None
     server: Mapping[str, Any] | None = None  # a group whose training rows are the server's own set
     against: str | None = None  # the row that all others are compared with: an ablation
     point: Point | None = None
     shares: str | None = None  # a setting of the same federation: rows that it has too are its own
     rates_from: str | None = None  # where rates were chosen; None: here, on the grid
+
+
+def fingerprint(setting: Setting, row: Row) -> str:
+    """Name all that a run's numbers depend on but rate and seed: lines of other plans do not mix."""
+    said = (
+        row.method, sorted(row.options.items()), row.rank, row.mean_heads, setting.groups,
+        setting.rounds, setting.moment, setting.newcomers, setting.probe, setting.server,
+    )  # fmt: skip
+    return f"{zlib.crc32(repr(said).encode()):08x}"
 
 
 def own_rows(setting: Setting, settings: Mapping[str, Setting]) -> dict[str, Row]:

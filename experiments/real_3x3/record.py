@@ -5,27 +5,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from plan_types import Row, Setting, own_rows
+from plan_types import Row, Setting, fingerprint, own_rows
 
 from h2tune_jax.bench import rows as csv_rows
 
 COLUMNS = (
-    "setting", "row", "rate", "seed", "split", "round", "client", "examples", "accuracy", "loss",
-    "numbers_up", "numbers_down", "seconds", "device", "cores", "jax",
+    "setting", "row", "plan", "rate", "seed", "split", "round", "client", "examples", "accuracy", "loss",
+    "refused", "numbers_up", "numbers_down", "seconds", "device", "cores", "jax",
 )  # fmt: skip
-WHOLE = frozenset(("seed", "round", "examples", "numbers_up", "numbers_down", "cores"))
+WHOLE = frozenset(("seed", "round", "examples", "refused", "numbers_up", "numbers_down", "cores"))
 NUMBERS = frozenset(("rate", "accuracy", "loss", "seconds"))
 
 Line = Mapping[str, Any]
 
 
 class Run(NamedTuple):
-    """One training: what a line of the CSV is known by."""
+    """One training: what a line of the CSV is known by.
+
+    Lines of the splits "downloaded" and "newcomer" stand beside those of "test": they are of the same
+    training.
+    """
 
     row: str
     rate: float
     seed: int
-    split: str  # which rows it is measured on
+    split: str  # which rows it is measured on: "validation" or "test"
+
+
+class OtherPlan(Exception):
+    """A results file has lines of another plan."""
 
 
 class RateUnknown(Exception):
@@ -64,19 +72,36 @@ def run_of(line: Line) -> Run:
 
 def done(lines: Iterable[Line]) -> set[Run]:
     """Return the runs whose lines are there."""
-    return {run_of(line) for line in lines}
+    return {run_of(line) for line in lines if line["split"] in ("validation", "test")}
+
+
+def check_plan(setting: Setting, rows: Mapping[str, Row], lines: Iterable[Line]) -> None:
+    """Refuse lines that were made by another plan. Raises `OtherPlan`."""
+    for line in lines:
+        row = rows.get(line["row"])
+        if row is not None and line["plan"] != fingerprint(setting, row):
+            raise OtherPlan(
+                f"{setting.name}.csv has lines of row {line['row']!r} that another plan made: take them out"
+            )
 
 
 def chosen_rate(lines: Iterable[Line], row: str, rates: Sequence[float]) -> float:
-    """Apply the rule: the best mean accuracy on validation rows; a tie goes to the lower rate."""
+    """Apply the rule: the best mean accuracy on validation rows; a tie goes to the lower rate.
+
+    A rate at which clients were refused, as what they trained was not finite, is out, unless none is
+    without.
+    """
     found = {rate: [] for rate in sorted(rates)}
+    refused = dict.fromkeys(found, 0)
     for line in lines:
         if (line["row"], line["split"]) == (row, "validation") and line["rate"] in found:
             found[line["rate"]].append(line["accuracy"])
+            refused[line["rate"]] += line["refused"]
     missing = [f"{rate:g}" for rate, values in found.items() if not values]
     if missing:
         raise RateUnknown(f"row {row!r} has no validation lines at rate {', '.join(missing)}")
-    means = {rate: float(np.mean(values)) for rate, values in found.items()}
+    least = min(refused.values())
+    means = {rate: float(np.mean(found[rate])) for rate in found if refused[rate] == least}
     return max(means, key=lambda rate: means[rate])
 
 
@@ -122,7 +147,8 @@ class Progress(NamedTuple):
 
 def progress(setting: Setting, chosen: Mapping[str, Row], lines: Iterable[Line]) -> Progress:
     """Tell how far a setting's rows are, from its lines."""
-    seconds = {run_of(line): line["seconds"] for line in lines if line["row"] in chosen}
+    own = [line for line in lines if line["row"] in chosen]
+    seconds = {run_of(line): line["seconds"] for line in own if run_of(line) in done(own)}
     total = sum(num_runs(setting, row) for row in chosen.values())
     spent = sum(seconds.values())
     left = (total - len(seconds)) * spent / len(seconds) if seconds else None

@@ -12,7 +12,7 @@ import plan
 from plan_types import Setting, own_rows
 from record import measured, path_of, progress, read
 from report_pictures import draw, draw_curve
-from report_rows import METRIC, Found, found_of, rival_of
+from report_rows import METRIC, MOMENTS, Found, found_of, rival_of
 
 from h2tune_jax.run.numbers import difference_of, duration, share
 from h2tune_jax.run.paired import Interval
@@ -42,12 +42,15 @@ def table(setting: Setting, found: Sequence[Found]) -> list[str]:
     rival = rival_of(setting, {row.name: row.mean for row in found})
     tasks = list(dict.fromkeys(task for row in found for task in row.by_task))
     beside = [] if rival is None else [f"minus `{rival}`"]
+    moments = [name for name in MOMENTS if any(name in row.beside for row in found)]
     heads = ["row", "rate", METRIC, f"minus `{plan.FLOOR}`", *beside, *tasks]
+    heads += [MOMENTS[name] for name in moments]
     body = [
         [
             f"`{row.name}`", f"{row.rate:g}", share(row.mean), interval_text(row.over_floor),
             *([] if rival is None else [interval_text(row.over_rival)]),
             *(share(row.by_task.get(task)) for task in tasks),
+            *(share(row.beside.get(name)) for name in moments),
             *(f"{count:,.0f}" for count in row.numbers), f"{row.seconds:.0f}",
         ]
         for row in sorted(found, key=lambda row: -row.mean)

@@ -10,6 +10,7 @@ from plan_types import Setting
 from h2tune_jax.run.paired import OVERALL, ComparisonRow, Interval, Score, compare_scores
 
 METRIC = "accuracy"
+MOMENTS = {"downloaded": "right after a download", "newcomer": "newcomers"}
 NOT_RIVALS = ("local", "centralised", "h2tune")
 """Methods that are no baseline to be beaten: the floor, the ceiling, and what is compared."""
 
@@ -23,6 +24,7 @@ class Found(NamedTuple):
     rate: float
     scores: Mapping[int, float]  # by seed
     by_task: Mapping[str, float]  # over its clients and all seeds
+    beside: Mapping[str, float]  # the same at the other moments that were measured, by name
     numbers: tuple[float, float]  # up and down, a client and round
     seconds: float  # a run, median over its seeds
     over_floor: Interval | None  # paired by seed, as is the next
@@ -44,7 +46,7 @@ def found_of(setting: Setting, lines: Lines) -> list[Found]:
     rival = rival_of(setting, {name: row.mean for name, row in to_floor.items()})
     to_rival = {} if rival is None else compare(tested, rival)
     return [
-        _found(name, [line for line in tested if line["row"] == name], to_floor, to_rival)
+        _found(name, tested, beside_of(setting, name, lines), to_floor, to_rival)
         for name in setting.rows
         if name in to_floor
     ]
@@ -52,23 +54,40 @@ def found_of(setting: Setting, lines: Lines) -> list[Found]:
 
 def _found(
     name: str,
-    own: Lines,
+    tested: Lines,
+    beside: Mapping[str, float],
     to_floor: Mapping[str, ComparisonRow],
     to_rival: Mapping[str, ComparisonRow],
 ) -> Found:
-    mean = lambda chosen: float(np.mean([line[METRIC] for line in chosen]))
+    own = [line for line in tested if line["row"] == name]
     tasks = dict.fromkeys(task_of(line["client"]) for line in own)
     a_round = lambda way: float(np.mean([line[way] / line["round"] for line in own]))
     return Found(
         name=name,
         rate=own[0]["rate"],
         scores={seed: mean([x for x in own if x["seed"] == seed]) for seed in to_floor[name].seeds},
+        beside=beside,
         by_task={task: mean([x for x in own if task_of(x["client"]) == task]) for task in tasks},
         numbers=(a_round("numbers_up"), a_round("numbers_down")),
         seconds=float(np.median([line["seconds"] for line in own])),
         over_floor=to_floor[name].difference,
         over_rival=to_rival[name].difference if name in to_rival else None,
     )
+
+
+def mean(lines: Lines) -> float:
+    return float(np.mean([line[METRIC] for line in lines]))
+
+
+def beside_of(setting: Setting, name: str, lines: Lines) -> dict[str, float]:
+    """Average what stands beside a row's test, for the moments that have lines."""
+    found = {}
+    for moment in MOMENTS:
+        own = [x for x in lines if (x["row"], x["split"]) == (name, moment)]
+        own = [line for line in own if line["seed"] in setting.seeds]
+        if own:
+            found[moment] = mean(own)
+    return found
 
 
 def compare(lines: Lines, baseline: str) -> dict[str, ComparisonRow]:

@@ -3,8 +3,8 @@
 y = x W + scale * (x A) B + ((x U) T) V
 
 T stands in coordinates that mean the same at every client with the same U and V, so a mean of T's is the
-mean of what they do; A and B stay what they are, a client's own. Without A and B this is the form of
-LoRA-XS (arXiv 2405.17604).
+mean of what they do; A and B stay what they are, a client's own. Without A and B, and between singular
+vectors, this is close to LoRA-XS (arXiv 2405.17604), which has the singular values in U as well.
 """
 
 import dataclasses

@@ -43,6 +43,16 @@ def nearest_slots(num_slots: int, places: Places) -> Array:  # i32[Li]
     return jnp.asarray(np.rint(exact), jnp.int32)
 
 
+def nearest_layers(places: Places, others: Places) -> Array:  # i32[Li]
+    """Return, for each layer of a model, the layer of another one nearest to it in relative depth.
+
+    Of two as near, the earlier.
+    """
+    own = np.asarray(places.layers) * max(others.depth - 1, 1)
+    theirs = np.asarray(others.layers) * max(places.depth - 1, 1)
+    return jnp.asarray(np.abs(own[:, None] - theirs[None, :]).argmin(axis=1), jnp.int32)
+
+
 def random(key: Array, num_slots: int, num_layers: int, dtype=jnp.float32) -> Array:  # [L, Li]
     """Draw U(+-1/sqrt Li), the reference code's start."""
     bound = num_layers**-0.5

@@ -131,7 +131,8 @@ def _write_arrays(run: OpenRun, client: OpenClient, part: Path) -> None:
         "config_digest": config_digest(run.config),
         "sites": {kind: _static_fields(site) for kind, site in client.adapters.sites.items()},
         "arrays": "layers lead; y = x W + scale * ((x a) + (x a) core) b where residual is true, "
-        "scale * (x a) core b where it is not, scale * (x a) b without a core",
+        "scale * (x a) core b where it is not, scale * (x a) b without a core; of class ParallelSite: "
+        "y = x W + scale * (x a) b + (x u) core v",
     }
     metadata = {"h2tune": json.dumps(facts, sort_keys=True)}
     save_file(arrays, part / "adapter.safetensors", metadata=metadata)

@@ -57,6 +57,10 @@ def test_layers_keep_their_places_in_the_whole_model():
     places = Places((0, 1, 3, 5), 6)
     np.testing.assert_array_equal(relation.at_places(6, places), np.eye(6)[:, [0, 1, 3, 5]])
     np.testing.assert_array_equal(relation.nearest_slots(6, places), [0, 1, 3, 5])
+    found = relation.nearest_layers(places, Places((0, 2, 5), 6))
+    np.testing.assert_array_equal(found, [0, 0, 1, 2])  # 1 is as near to 0 as to 2
+    found = relation.nearest_layers(relation.whole(3), relation.whole(5))
+    np.testing.assert_array_equal(found, [0, 2, 4])
     expected = [[1, 0.6, 0, 0], [0, 0.4, 0.8, 0], [0, 0, 0.2, 1]]  # at 0, 0.4, 1.2 and 2 of 3 slots
     np.testing.assert_allclose(relation.at_places(3, places), expected, atol=1e-6)
 

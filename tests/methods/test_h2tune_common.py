@@ -22,8 +22,8 @@ COMMON = {"core": "parallel", "basis": "singular", "selection": "leading"}
 
 def test_the_preset_changes_by_keyword():
     assert make_options(h2.COMMON, {}) == h2.COMMON
-    changed = make_options(h2.COMMON, {"learning_rate": 1e-2, "shared_rank": 4, "core_rank": 4})
-    assert (changed.learning_rate, changed.shared_rate) == (1e-2, h2.COMMON.shared_rate)
+    changed = make_options(h2.COMMON, {"learning_rate": 1e-4, "shared_rank": 4, "core_rank": 4})
+    assert (changed.learning_rate, changed.shared_rate) == (1e-4, 1e-2)
     h2.h2tune(changed).check(toy.make_specs())
     with pytest.raises(h2.FederationError, match="site 'q' has 8 singular vectors"):
         h2.h2tune(h2.COMMON).check(toy.make_specs())
@@ -140,6 +140,24 @@ def test_data_of_one_kind_are_a_chance_apart():
     assert (np.diag(apart) == 0).all()
     assert 0.2 < apart[same & ~np.eye(6, dtype=bool)].mean() < 2
     assert apart[~same].min() > 10
+    # One example says nothing: such a client is as near to all.
+    alone = distance(describe(0.4, np.eye(8), count=1), others)
+    np.testing.assert_allclose(alone, 0, atol=1e-3)
+
+
+def test_examples_are_described_evenly_spaced():
+    narrow, _ = toy.make_specs()
+    read = lambda base, examples: examples["x"][None]
+    spec = dataclasses.replace(
+        narrow, model=dataclasses.replace(narrow.model, layer_outputs_fn=read)
+    )
+    rows = jax.random.normal(jax.random.key(0), (12, 5))
+    probe = jax.random.normal(jax.random.key(1), (7, 5))
+    sign = lambda rows, held, count: signature(
+        spec, None, h2.ClientData({"x": rows}, jnp.int32(held)), probe, count
+    )
+    toy.assert_trees_close(sign(rows, 10, 4), sign(rows[jnp.array([0, 2, 5, 7])], 4, 4))
+    toy.assert_trees_close(sign(rows, 3, 4), sign(rows[:3], 3, 3))
 
 
 def test_who_is_alike_by_hand():

@@ -1,6 +1,6 @@
 """H2Tune: federated fine-tuning across architectures and tasks (arXiv 2507.22633).
 
-Clients share rank-consistent middle matrices G [L, K, R, R] and nothing else. Each reads them through
+Clients share rank-consistent middle matrices G [L, K, R, R]. Each reads them through
 its own layer relation P and its own selection, as a sparse core T between its own outer factors:
 
     y = x W + alpha/r ((x A) + (x A) T) B,    T taken from M[l] = sum_j P[j, l] G[j].

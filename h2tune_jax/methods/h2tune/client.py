@@ -204,8 +204,8 @@ def client_update(
     up = count_units(mask.sum(dtype=jnp.int32), each, most=mask.size)
     described = None
     if options.by_data:
-        texts, examples = download.common.start.texts, options.signature_examples
-        described = signature(spec, base, data, texts, examples)
+        probe, examples = download.common.start.probe, options.signature_examples
+        described = signature(spec, base, data, probe, examples)
         up = up + size(described)
     travels = {"numbers_up": up, "numbers_down": size(downloaded)}
     return after, H2TuneUpload(sent, mask, described), {**metrics, **travels}

@@ -1,9 +1,10 @@
-"""How alike two clients' data are, told across architectures without showing any of it.
+"""How alike two clients' data are, told across models that begin with the same layer.
 
-A client describes each of some of its examples by the cosines with the same public texts, in its own
-model's first layer, both centred on the public texts: a relative representation (Moschella et al., ICLR
-2023, arXiv 2209.15430). Its signature is their mean and the spread of that mean: as many numbers as there
-are public texts, and one. Two clients with the same kind of data differ by no more than chance.
+A client describes some of its examples by their cosines with the same public texts, in its own model's
+first layer, both centred on the public texts: a relative representation (Moschella et al., ICLR 2023,
+arXiv 2209.15430). Its signature is their mean and the variance of that mean: as many numbers as there are
+public texts, and one. Between two clients with the same kind of data the means differ by no more than
+chance. It is a statistic of the data: a server learns what they are about.
 """
 
 from typing import NamedTuple
@@ -11,16 +12,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from h2tune_jax.training import room
 from h2tune_jax.types import Array, ClientData, CohortSpec, PyTree
+
+NOTHING_KNOWN = 1e6
 
 
 class Signature(NamedTuple):
     """What a client says of its data. Of n public texts, which all clients know."""
 
     mean: Array  # f32[n]
-    spread: (
-        Array  # f32[], the expected square of the mean's distance from what more data would give
-    )
+    variance: Array  # f32[], of the mean, over what else the client might have drawn
 
 
 def empty(num_texts: int) -> Signature:
@@ -29,27 +31,37 @@ def empty(num_texts: int) -> Signature:
 
 
 def signature(
-    spec: CohortSpec, base: PyTree, data: ClientData, texts: Array, num_examples: int
+    spec: CohortSpec, base: PyTree, data: ClientData, probe: Array, num_examples: int
 ) -> Signature:
-    """Describe a client's first `num_examples` examples; `texts` [n, d] is the layer on the probe."""
+    """Describe so many of a client's examples, evenly spaced; `probe` f32[n, d] is the layer on the
+    public texts.
+
+    Of a client with fewer than two examples nothing is known: it is as near to all.
+    """
     fn = spec.model.layer_outputs_fn
     assert fn is not None  # refused by `check`
-    examples = jax.tree.map(lambda leaf: leaf[:num_examples], data.examples)
-    rows = fn(base, examples)[0].astype(jnp.float32)
-    centre = texts.mean(axis=0, keepdims=True)
-    relative = _unit(rows - centre) @ _unit(texts - centre).T
-    held = (jnp.arange(rows.shape[0], dtype=jnp.int32) < data.num_examples)[:, None]
-    count = held.sum().astype(jnp.float32)
-    mean = jnp.where(held, relative, 0).sum(axis=0) / jnp.maximum(count, 1)
+    count = min(num_examples, room(data))
+    order = jnp.arange(count, dtype=jnp.int32)
+    # Where there are fewer, each of them once: a row named twice would look like certainty.
+    spaced = jnp.where(data.num_examples > count, order * data.num_examples // count, order)
+    rows = fn(base, jax.tree.map(lambda leaf: leaf[spaced], data.examples))[0].astype(jnp.float32)
+    centre = probe.mean(axis=0, keepdims=True)
+    relative = _unit(rows - centre) @ _unit(probe - centre).T
+    held = (order < data.num_examples)[:, None]
+    known = held.sum().astype(jnp.float32)
+    mean = jnp.where(held, relative, 0).sum(axis=0) / jnp.maximum(known, 1)
     squares = jnp.where(held, jnp.square(relative - mean[None]), 0).sum()
-    return Signature(mean, squares / jnp.maximum(count * (count - 1), 1))
+    variance = squares / jnp.maximum(known * (known - 1), 1)
+    return Signature(mean, jnp.where(known > 1, variance, NOTHING_KNOWN))
 
 
 def distance(one: Signature, others: Signature) -> Array:  # f32[C]
-    """Square of the distance from other clients' means, over what chance alone would give: about 1
-    between clients whose data are of one kind."""
+    """Square of the distance from other clients' means, over what chance alone would give.
+
+    About 1 between clients whose data are of one kind.
+    """
     apart = jnp.square(others.mean - one.mean[None]).sum(axis=1)
-    chance = one.spread + others.spread
+    chance = one.variance + others.variance
     return apart / jnp.where(chance > 0, chance, 1)
 
 

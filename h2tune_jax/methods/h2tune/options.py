@@ -65,6 +65,7 @@ class H2TuneOptions:
       g_init: "zero", or "uniform" within +-1/(R sqrt 7).
       relation: "depth"; "places", which is depth in the whole model that a model was cut from; "cka"
         (needs `layer_outputs_fn` and a probe); or "random".
+      train_relation: False keeps P where it starts.
       upload: "gradient" (train a copy of G through M = mix(P, G)) or "transpose" (train M with P
         fixed, and send unmix(P, M)).
       alternation: "gauss_seidel" (the second half sees the first's step), "jacobi" (both at the same
@@ -101,6 +102,7 @@ class H2TuneOptions:
     train_factors: bool = True
     g_init: str = "zero"
     relation: str = "depth"
+    train_relation: bool = True
     upload: str = "gradient"
     alternation: str = "gauss_seidel"
     warmup_rounds: int = 1
@@ -292,13 +294,15 @@ COMMON = H2TuneOptions(
     basis="singular",
     selection="leading",
     relation="places",
+    train_relation=False,
     sharing="similar",
     similarity="data",
     alternation="joint",
     lambda_norm=None,
     lambda_keep=None,
     lambda_distil=None,
-    learning_rate=3e-4,
+    learning_rate=1e-3,
     shared_rate=1e-2,
+    head_rate=1e-2,
 )
 """A form in which sharing carries knowledge between tasks and depths; see `docs/h2tune.md`."""

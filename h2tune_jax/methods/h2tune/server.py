@@ -9,7 +9,7 @@ from h2tune_jax import aggregate
 from h2tune_jax.methods.h2tune.likeness import empty
 from h2tune_jax.methods.h2tune.options import H2TuneOptions
 from h2tune_jax.methods.h2tune.similar import hear
-from h2tune_jax.methods.h2tune.start import depth_of, make_starts
+from h2tune_jax.methods.h2tune.start import make_starts, places_of
 from h2tune_jax.methods.h2tune.state import (
     H2TuneDownload,
     H2TuneServer,
@@ -31,7 +31,7 @@ from h2tune_jax.types import (
 
 def shared_rank(options: H2TuneOptions, specs: Specs) -> int:
     """Return R."""
-    return options.shared_rank or max(spec.rank for spec in specs)
+    return options.shared_rank or max(options.side(spec) for spec in specs)
 
 
 def check(options: H2TuneOptions, specs: Specs) -> None:
@@ -74,7 +74,7 @@ def init_server(
 ) -> H2TuneServer:
     """Start G, and draw what each cohort's clients will start from."""
     size, dtype = shared_rank(options, specs), specs[0].dtype
-    slots = options.num_slots or max(depth_of(options, spec).depth for spec in specs)
+    slots = options.num_slots or max(places_of(options, spec).depth for spec in specs)
     middle_key, scores_key, basis_key = jax.random.split(key, 3)
     shape = (slots, len(shared_kinds(specs)), size, size)
     if options.g_init == "zero":
@@ -87,7 +87,7 @@ def init_server(
     latest = ()
     if options.sharing == "similar":
         latest = tuple(
-            _nobody_yet(options, spec, shape, dtype, starts[spec.name].texts) for spec in specs
+            _nobody_yet(options, spec, shape, dtype, starts[spec.name].probe) for spec in specs
         )
     return H2TuneServer(middle, starts, latest)
 
@@ -97,11 +97,11 @@ def _nobody_yet(
     spec: CohortSpec,
     shape: tuple[int, ...],
     dtype: Any,
-    texts: Array | None,
+    probe: Array | None,
 ) -> Latest:
     own = shape[0], len(spec.kinds), *shape[2:]
     mask = own if options.average == "selected" else (shape[0], 1, 1, 1)
-    signature = None if texts is None else empty(len(texts))
+    signature = None if probe is None else empty(len(probe))
     silent = H2TuneUpload(jnp.zeros(own, dtype), jnp.zeros(mask, bool), signature)
     return nobody_yet(spec.num_clients, silent)
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from h2tune_jax import aggregate
 from h2tune_jax.adapters import anchor, relation, triple
 from h2tune_jax.check import named_errors
 from h2tune_jax.methods.h2tune.options import H2TuneOptions
@@ -37,7 +38,7 @@ def make_starts(
     if options.basis == "seeded":
         fitted = [(_seeded(options, spec, basis_key, slots, size), None) for spec in specs]
     elif options.basis == "singular":
-        fitted = [(_singular(options, spec, base, size), None) for spec, base in zip(specs, bases)]
+        fitted = _singular(options, specs, bases, size)
     elif options.basis == "anchored":
         fitted = _anchored(options, specs, basis_key, bases, probe, size)
     return {
@@ -46,13 +47,13 @@ def make_starts(
             scores=_common_scores(options, spec, scores_key, size),
             basis=basis,
             fit=fit,
-            texts=None if outputs is None else outputs[place][0].astype(jnp.float32),
+            probe=None if outputs is None else outputs[place][0].astype(jnp.float32),
         )
         for place, (spec, own, (basis, fit)) in enumerate(zip(specs, relations, fitted))
     }
 
 
-def depth_of(options: H2TuneOptions, spec: CohortSpec) -> Places:
+def places_of(options: H2TuneOptions, spec: CohortSpec) -> Places:
     """Return where a cohort's layers stand for the relation: in their model, or in the whole one."""
     own = relation.whole(spec.model.num_layers)
     return spec.model.places or own if options.relation == "places" else own
@@ -87,7 +88,7 @@ def _relations(
     if options.relation == "random":
         return [None] * len(specs)
     if options.relation in ("depth", "places"):
-        places = (depth_of(options, spec) for spec in specs)
+        places = (places_of(options, spec) for spec in specs)
         return [relation.at_places(slots, own, spec.dtype) for own, spec in zip(places, specs)]
     outputs = _on_probe("layer_outputs_fn", specs, bases, probe, "relation 'cka'")
     grams = [relation.gram(activations) for activations in outputs]
@@ -99,7 +100,7 @@ def _relations(
 
 def _seeded(options: H2TuneOptions, spec: CohortSpec, key: Array, slots: int, size: int) -> Basis:
     """Draw by relative depth, the same for every model of equal width."""
-    nearest = relation.nearest_slots(slots, depth_of(options, spec))
+    nearest = relation.nearest_slots(slots, places_of(options, spec))
     bases: Basis = {}
     for kind in spec.kinds:
         in_dim, out_dim = spec.model.shapes[kind]
@@ -112,9 +113,26 @@ def _seeded(options: H2TuneOptions, spec: CohortSpec, key: Array, slots: int, si
     return bases
 
 
-def _singular(options: H2TuneOptions, spec: CohortSpec, base: PyTree, size: int) -> Basis:
-    """Take the leading singular vectors of every frozen weight; their signs are those of the largest
-    entries on the left."""
+def _base_of(spec: CohortSpec) -> tuple:
+    """Name what a basis depends on: cohorts that have it in common share the fitted arrays."""
+    return aggregate.architecture(spec), spec.kinds, spec.dtype
+
+
+def _singular(
+    options: H2TuneOptions, specs: Specs, bases: tuple, size: int
+) -> list[tuple[Basis | None, None]]:
+    found: dict[tuple, Basis] = {}
+    for spec, base in zip(specs, bases):
+        if _base_of(spec) not in found:
+            found[_base_of(spec)] = _singular_vectors(options, spec, base, size)
+    return [(found[_base_of(spec)], None) for spec in specs]
+
+
+def _singular_vectors(options: H2TuneOptions, spec: CohortSpec, base: PyTree, size: int) -> Basis:
+    """Take the leading singular vectors of every frozen weight.
+
+    Their signs are such that the largest entry of a left one is positive.
+    """
     assert spec.model.site_weights_fn is not None  # refused by `check`
     with named_errors(spec, "site_weights_fn"):
         weights = spec.model.site_weights_fn(base)
@@ -140,8 +158,10 @@ def _anchored(
 ) -> list[tuple[Basis | None, Basis | None]]:
     """Fit every model's sites to those of a reference at the same relative depth."""
     activations = _on_probe("site_activations_fn", specs, bases, probe, "basis 'anchored'")
-    results: list[tuple[Basis | None, Basis | None]] = []
+    results: dict[tuple, tuple[Basis | None, Basis | None]] = {}
     for spec, own in zip(specs, activations):
+        if _base_of(spec) in results:
+            continue
         basis: Basis = {}
         fit: Basis = {}
         for kind in spec.kinds:
@@ -149,7 +169,9 @@ def _anchored(
             holders = [i for i, other in enumerate(specs) if kind in other.kinds]
             chosen = max(holders, key=lambda i: specs[i].model.num_layers)
             theirs, deep = activations[chosen], specs[chosen].model.num_layers
-            nearest = relation.nearest_slots(deep, relation.whole(spec.model.num_layers))
+            nearest = relation.nearest_layers(
+                places_of(options, spec), places_of(options, specs[chosen])
+            )
             a_key, b_key = jax.random.split(fold_name(key, kind))
             a_keys, b_keys = jax.random.split(a_key, deep), jax.random.split(b_key, deep)
             inputs, outputs = own[kind]
@@ -171,5 +193,5 @@ def _anchored(
                 rows = rows.astype(spec.dtype)
             basis[kind] = columns.astype(spec.dtype), rows
             fit[kind] = a_fit, b_fit
-        results.append((basis, fit))
-    return results
+        results[_base_of(spec)] = basis, fit
+    return [results[_base_of(spec)] for spec in specs]

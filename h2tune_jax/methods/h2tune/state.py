@@ -18,7 +18,7 @@ class Start(NamedTuple):
     scores: Array | None  # T[Ki, R]; the common coordinate scores of `block`
     basis: Basis | None
     fit: dict[str, tuple[Array, Array | None]] | None  # how well an anchored basis fits: f32[Li]
-    texts: Array | None  # T[n, d], the first layer on public texts, where data say who is alike
+    probe: Array | None  # f32[n, d], the first layer on public texts, where data say who is alike
 
 
 class H2TuneServer(NamedTuple):

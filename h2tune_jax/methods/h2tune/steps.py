@@ -20,9 +20,11 @@ Part = dict[str, Any]  # the shared or the specific part of a client, by the nam
 
 def shared_part(options: H2TuneOptions, client: H2TuneClient, downloaded: Array) -> Part:
     """What the shared half trains: a copy of G with P (or the client's own M), and S."""
-    part: Part = {"middle": downloaded, "relation": client.relation}
+    part: Part = {"middle": downloaded}
     if not options.trains_copy:
         part = {"middle": relation.mix(client.relation, downloaded)}
+    elif options.train_relation:
+        part["relation"] = client.relation
     if options.trains_scores:
         part["scores"] = client.scores
     return part
@@ -37,7 +39,7 @@ def own_part(options: H2TuneOptions, client: H2TuneClient) -> Part:
 def middle_of(options: H2TuneOptions, client: H2TuneClient, shared: Part) -> Array:
     """Return M [Li, Ki, R, R] of a shared part."""
     if options.trains_copy:
-        return relation.mix(shared["relation"], shared["middle"])
+        return relation.mix(shared.get("relation", client.relation), shared["middle"])
     return shared["middle"]
 
 
@@ -70,13 +72,18 @@ def site_adapters(
         for place, kind in enumerate(spec.kinds):
             columns, rows = basis[kind]
             assert rows is not None
-            chosen = triple.coordinates(index[:, place], core.shape[-1], columns.shape[-1])
+            side = core.shape[-1]
+            if options.selection == "leading":  # the same for all clients, who share one array
+                u, v = columns[..., :side], rows[..., :side].mT
+            else:
+                chosen = triple.coordinates(index[:, place], side, columns.shape[-1])
+                u, v = triple.take_columns(columns, chosen), triple.take_columns(rows, chosen).mT
             sites[kind] = ParallelSite(
                 a=a[kind],
                 b=b[kind],
-                u=triple.take_columns(columns, chosen),
+                u=u,
                 core=core[:, place],
-                v=triple.take_columns(rows, chosen).mT,
+                v=v,
                 scale=spec.scale,
                 dropout=spec.dropout,
             )
@@ -189,7 +196,8 @@ class LocalRound(NamedTuple):
             keep["middle"] = (
                 touched if self.options.select_at == "download" else self.entries(index)
             )
-            keep["relation"] = relation.support(self.client.relation)
+            if "relation" in state.shared:
+                keep["relation"] = relation.support(self.client.relation)
         else:
             side = self.options.side(self.spec)
             ones = jnp.ones((*index.shape[:2], side, side), bool)
