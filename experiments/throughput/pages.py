@@ -60,7 +60,8 @@ def peers_section(found: list[dict]) -> list[str]:
             ]
             about = f"{device}, {group[0]['cores']} cores, {group[0]['time'][:10]}"
             parts += [f"### {title}", about, table.markdown(PEER_HEADS, lines)]
-    pairs = [row for row in found if row["ratio"] is not None]
+    # A stage's rows, one a number of threads, all carry the ratio of either side's better.
+    pairs = list({row["stage"]: row for row in found if row["ratio"] is not None}.values())
     if pairs:
         lines = [
             [

@@ -205,7 +205,7 @@ def test_refused_options(options, message):
 @pytest.mark.parametrize(
     ("options", "change", "message"),
     [
-        ({"core_rank": 5}, {}, "core_rank 5 is above shared_rank R = 4"),
+        ({"core_rank": 5, "shared_rank": 4}, {}, "core_rank 5 is above shared_rank R = 4"),
         ({"shared_rank": 9}, {}, "site 'q' has 8 singular vectors"),
         ({}, {"kernels": "triton"}, "no kernel computes core 'parallel'"),
     ],
