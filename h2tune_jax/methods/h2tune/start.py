@@ -120,7 +120,7 @@ def _base_of(spec: CohortSpec) -> tuple:
 
 def _singular(
     options: H2TuneOptions, specs: Specs, bases: tuple, size: int
-) -> list[tuple[Basis | None, None]]:
+) -> list[tuple[Basis | None, Basis | None]]:
     found: dict[tuple, Basis] = {}
     for spec, base in zip(specs, bases):
         if _base_of(spec) not in found:
