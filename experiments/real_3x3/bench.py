@@ -72,7 +72,7 @@ def bench(setting: Setting, chosen: Mapping[str, Row], out: Path) -> None:
                 programs = programs or programs_of(setting, row, here.specs)
                 found = lines_of(setting, programs, here, run)
                 append(path, found)
-                accuracy = np.mean([line["accuracy"] for line in found])
+                accuracy = np.mean([x["accuracy"] for x in found if x["split"] == run.split])
                 far = progress(setting, chosen, read(path))
                 print(
                     f"[{far.finished}/{far.total}, {duration(far.left)} left] {setting.name} {name} "

@@ -72,7 +72,12 @@ def run_of(line: Line) -> Run:
 
 def done(lines: Iterable[Line]) -> set[Run]:
     """Return the runs whose lines are there."""
-    return {run_of(line) for line in lines if line["split"] in ("validation", "test")}
+    return {run_of(line) for line in lines if is_run(line)}
+
+
+def is_run(line: Line) -> bool:
+    """Say whether a line is of a run's own split, not of what stands beside it."""
+    return line["split"] in ("validation", "test")
 
 
 def check_plan(setting: Setting, rows: Mapping[str, Row], lines: Iterable[Line]) -> None:
@@ -147,8 +152,9 @@ class Progress(NamedTuple):
 
 def progress(setting: Setting, chosen: Mapping[str, Row], lines: Iterable[Line]) -> Progress:
     """Tell how far a setting's rows are, from its lines."""
-    own = [line for line in lines if line["row"] in chosen]
-    seconds = {run_of(line): line["seconds"] for line in own if run_of(line) in done(own)}
+    seconds = {
+        run_of(line): line["seconds"] for line in lines if line["row"] in chosen and is_run(line)
+    }
     total = sum(num_runs(setting, row) for row in chosen.values())
     spent = sum(seconds.values())
     left = (total - len(seconds)) * spent / len(seconds) if seconds else None

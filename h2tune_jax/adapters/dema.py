@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from h2tune_jax.adapters import triple
+from h2tune_jax.adapters.dropout import drop
 from h2tune_jax.types import Array
 
 
@@ -28,9 +29,7 @@ class Dema:
 
     def __call__(self, x: Array, key: Array | None = None) -> Array:
         """Compute what one layer's adapter adds, in the dtype of x."""
-        if self.dropout > 0 and key is not None:
-            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1 - self.dropout), jnp.zeros_like(x))
+        x = drop(x, self.dropout, key)
         hidden = x @ self.down.astype(x.dtype) @ self.inner.astype(x.dtype)
         hidden = jax.nn.gelu(hidden, approximate=False)
         return hidden @ self.outer.astype(x.dtype) @ self.up.astype(x.dtype)

@@ -6,8 +6,8 @@ A branch computes ((x A) P + Q) B. With P the identity and Q zero it is a plain 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
+from h2tune_jax.adapters.dropout import drop
 from h2tune_jax.types import Array
 
 
@@ -40,9 +40,7 @@ class GatedSite:
 
     def update(self, x: Array, key: Array | None = None) -> Array:
         """Compute what one layer's site adds, in the dtype of x."""
-        if self.dropout > 0 and key is not None:
-            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1 - self.dropout), jnp.zeros_like(x))
+        x = drop(x, self.dropout, key)
         gate = self.gate.astype(x.dtype)
         share = jax.nn.sigmoid(x @ self.local.a.astype(x.dtype) @ gate[:-1] + gate[-1])[..., None]
         return self.scale * ((1 - share) * self.local(x) + share * self.shared(x))

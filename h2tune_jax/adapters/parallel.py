@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from h2tune_jax.adapters import triple
+from h2tune_jax.adapters.dropout import drop
 from h2tune_jax.types import Array
 
 
@@ -31,9 +32,7 @@ class ParallelSite:
 
     def update(self, x: Array, key: Array | None = None) -> Array:
         """Compute what one layer's site adds, in the dtype of x."""
-        if self.dropout > 0 and key is not None:
-            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1 - self.dropout), jnp.zeros_like(x))
+        x = drop(x, self.dropout, key)
         own = triple.update(x, self.a, None, self.b, scale=self.scale)
         return own + triple.update(x, self.u, self.core, self.v, scale=1.0, residual=False)
 

@@ -14,6 +14,7 @@ from h2tune_kernels.dispatch import resolve
 
 from h2tune_jax.adapters import beside, triple
 from h2tune_jax.adapters.beside import Beside
+from h2tune_jax.adapters.dropout import drop
 from h2tune_jax.types import Array, FederationError
 
 
@@ -86,10 +87,7 @@ def adapted(
     by_kernel = _takes_kernels(site)
     drops = site.dropout > 0 and key is not None
     if drops or site.beside is not None:
-        entering = x
-        if drops and key is not None:
-            kept = jax.random.bernoulli(key, 1 - site.dropout, x.shape)
-            entering = jnp.where(kept, x / (1 - site.dropout), jnp.zeros_like(x))
+        entering = drop(x, site.dropout, key)
         frozen = x @ w if site.beside is None else beside.add(x, w, site.beside)
         y = frozen + triple.update(entering, *factors, **form)
     elif by_kernel:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from h2tune_jax.bench.cases import Case
+from h2tune_jax.run.disk import write_all
 
 CASE_COLUMNS = tuple(field.name for field in dataclasses.fields(Case))
 COLUMNS = (
@@ -67,7 +68,7 @@ def append(
     writer.writerows({name: _text(row.get(name)) for name in columns} for row in rows)
     # In one write, and on the disk: a kill leaves all of the rows or none.
     with file.open("ab", buffering=0) as stream:
-        stream.write(text.getvalue().encode())
+        write_all(stream, text.getvalue().encode())
         os.fsync(stream.fileno())
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from h2tune_jax import aggregate
 from h2tune_jax.methods.h2tune.likeness import distance
 from h2tune_jax.methods.h2tune.options import H2TuneOptions
 from h2tune_jax.methods.h2tune.state import H2TuneServer, H2TuneUpload, kind_places
@@ -77,8 +78,8 @@ def hear(
         kinds = kind_places(specs, spec)
         total = total.at[:, kinds].add(jnp.tensordot(weight, sent, axes=1))
         share = share.at[:, kinds].add(jnp.tensordot(weight, mask.astype(total.dtype), axes=1))
-    mean = jnp.where(share > 0, total / jnp.where(share > 0, share, 1), server.middle)
-    return mean.astype(server.middle.dtype)[:, kind_places(specs, specs[place])]
+    mean = aggregate.mean_or_keep(total, share, server.middle)
+    return mean[:, kind_places(specs, specs[place])]
 
 
 def _counting(upload: H2TuneUpload, client: Array) -> tuple[Array, Array]:  # [L, Ki, R, R] each
