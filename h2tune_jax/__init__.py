@@ -22,6 +22,7 @@ from h2tune_jax.methods.flexlora import flexlora
 from h2tune_jax.methods.flora import flora
 from h2tune_jax.methods.h2tune import (
     COMMON,
+    PAPER,
     REFERENCE,
     H2TuneHyper,
     H2TuneOptions,
@@ -59,6 +60,7 @@ from h2tune_jax.types import (
 __all__ = [
     "COMMON",
     "KINDS",
+    "PAPER",
     "REFERENCE",
     "Adapters",
     "Batch",

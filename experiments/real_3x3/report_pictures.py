@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import plan
 from plan_types import Setting
 from report_rows import Found
 
+from h2tune_jax.run.figure import save_figure
 from h2tune_jax.run.paired import paired_interval
 
 
@@ -37,7 +37,7 @@ def draw(setting: Setting, found: Sequence[Found], path: Path) -> bool:
     axes.set_yticks(range(len(shown)), [name for name, _ in shown])
     axes.set_xlabel(f"test accuracy minus {against}, percentage points, 95 % interval")
     axes.set_title(setting.title, fontsize=10)
-    save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -66,11 +66,4 @@ def draw_curve(curve: str, points: Mapping[int, Sequence[Found]], path: Path) ->
     axes.set_xlabel(curve)
     axes.set_ylabel("test accuracy, %")
     axes.legend(fontsize=8)
-    save(figure, path)
-
-
-def save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"svg.hashsalt": "real_3x3"}):
-        figure.savefig(path, metadata={"Date": None})
+    save_figure(figure, path)

@@ -8,6 +8,7 @@ from pathlib import Path
 import targets
 
 from h2tune_jax.bench import plot, table
+from h2tune_jax.run.figure import save_figure
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "throughput.md"
@@ -145,10 +146,13 @@ def draw_peers(rows: list[dict], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     stages = [stage for stage in STAGES if any(row["stage"] == stage for row in rows)]
+    deep = -(-len(stages) // 2)
     figure, axes = plt.subplots(
-        1, len(stages), figsize=(4.2 * len(stages), 3.2), layout="constrained", squeeze=False
+        deep, min(len(stages), 2), figsize=(10, 2.9 * deep), layout="constrained", squeeze=False
     )
-    for axis, stage in zip(axes[0], stages):
+    for spare in axes.flat[len(stages) :]:
+        spare.set_axis_off()
+    for axis, stage in zip(axes.flat, stages):
         best: dict[str, dict] = {}
         for row in rows:
             known = best.get(row["program"])
@@ -158,11 +162,19 @@ def draw_peers(rows: list[dict], file: Path) -> None:
                 best[row["program"]] = row
         order = sorted(best.values(), key=lambda row: row["clients_per_second"])
         names = [f"{row['program']} ({row['threads']})" for row in order]
-        axis.barh(names, [row["clients_per_second"] for row in order])
-        axis.set(xscale="log", xlabel="clients per second", title=STAGES[stage])
+        ours = [row["program"].startswith("h2tune") for row in order]
+        bars = axis.barh(
+            names,
+            [row["clients_per_second"] for row in order],
+            color=["tab:blue" if own else "tab:gray" for own in ours],
+        )
+        texts = [table.number(row["clients_per_second"]) for row in order]
+        axis.bar_label(bars, texts, padding=3, fontsize=8)
+        axis.margins(x=0.12)
+        axis.set(xlabel="clients per second (threads in brackets)", title=STAGES[stage])
         axis.tick_params(labelsize=8)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    save_figure(figure, file)
     plt.close(figure)
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from h2tune_jax.run.figure import save_figure
+
 
 def draw(rows: Iterable[Mapping[str, Any]], file: Path) -> None:
     """Write the plot; needs matplotlib (the extra `plot`). Bars and whiskers are medians and quartiles."""
@@ -36,5 +38,5 @@ def draw(rows: Iterable[Mapping[str, Any]], file: Path) -> None:
     right.invert_yaxis()
     figure.suptitle(f"{rows[0]['device']}, jax {rows[0]['jax']}" if rows else "nothing measured")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    save_figure(figure, file)
     plt.close(figure)

@@ -20,14 +20,14 @@ import optax
 
 import h2tune_jax.methods
 from h2tune_jax.method import FederatedMethod
-from h2tune_jax.methods.h2tune import COMMON, REFERENCE, H2TuneOptions
+from h2tune_jax.methods.h2tune import COMMON, PAPER, REFERENCE, H2TuneOptions
 from h2tune_jax.methods.proximal import proximal
 from h2tune_jax.methods.server_optimizer import server_optimizer
 from h2tune_jax.run.settings import MethodConfig, RunConfig, ScheduleConfig
 from h2tune_jax.training import Schedule, cosine_schedule
 from h2tune_jax.types import FederationError, near_match
 
-PRESETS = {"h2tune": {"common": COMMON, "reference": REFERENCE}}
+PRESETS = {"h2tune": {"common": COMMON, "paper": PAPER, "reference": REFERENCE}}
 """Named sets of options, chosen by the option `preset`."""
 
 OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {

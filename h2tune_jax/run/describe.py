@@ -285,7 +285,7 @@ def format_description(what: Description) -> str:
             f"  task       {group.task}{labels}; {group.examples} examples and {group.steps} steps a "
             f"client and round, {group.tested} to test on",
             f"  adapters   rank {group.rank} on {', '.join(group.targets) or 'nothing'}: "
-            f"{group.adapter:,} trainable parameters a client, and {group.head:,} of its head",
+            f"{group.adapter:,} parameters a client, and {group.head:,} of its head",
             f"  traffic    at most {format_bytes(group.bytes_up)} up and "
             f"{format_bytes(group.bytes_down)} down a client and round",
         ]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from h2tune_jax.run.figure import save_figure
 from h2tune_jax.study.rate import interval
 from h2tune_jax.types import FederationError
 
@@ -56,8 +57,7 @@ def draw_rates(
             ax.text(0.02, 0.02, panel.note, transform=ax.transAxes, fontsize=7, va="bottom")
         ax.legend(fontsize=7)
         ax.set_ylabel(y)
-    # No dates and no random ids: the same rows give the same file.
-    figure.savefig(path, metadata={"Date": None} if str(path).endswith("svg") else None)
+    save_figure(figure, path)
 
 
 def _draw_guides(ax: Any, panel: Panel) -> None:
@@ -76,14 +76,12 @@ def _draw_guides(ax: Any, panel: Panel) -> None:
 
 def _axes(count: int) -> tuple[Any, list]:
     try:
-        from matplotlib import rcParams  # pyright: ignore
         from matplotlib.backends.backend_svg import FigureCanvasSVG  # pyright: ignore
         from matplotlib.figure import Figure  # pyright: ignore
     except ImportError:
         raise FederationError(
             "a plot needs the extra `plot`: pip install 'h2tune-jax[plot]'"
         ) from None
-    rcParams["svg.hashsalt"] = "h2tune"
     columns = min(count, 3)
     rows = -(-count // columns)
     figure = Figure(figsize=(4.4 * columns, 3.6 * rows), layout="constrained")

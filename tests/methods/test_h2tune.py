@@ -183,6 +183,8 @@ def test_presets_change_by_keyword():
     assert changed.shared_rate == changed.head_rate == 0.1
     assert changed.upload == "transpose"
     assert h2.h2tune(h2.REFERENCE).hyper.learning_rate == np.float32(2e-4)
+    assert h2.PAPER.average == "all"
+    assert make_options(h2.PAPER, {"selection": "block"}).average == "selected"
 
 
 @pytest.mark.slow

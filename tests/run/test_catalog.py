@@ -100,7 +100,7 @@ def test_schedules_by_name():
         ("local", {"proximal": 0.1}, "proximal", "share nothing"),
         ("fedit", {"proximal": -1.0}, "proximal", "mu"),
         ("fedit", {"server_optimizer": "adm"}, "server_optimizer", "did you mean 'adam'"),
-        ("h2tune", {"preset": "paper"}, "preset", "allowed: common, reference"),
+        ("h2tune", {"preset": "papers"}, "preset", "did you mean 'paper'"),
         ("h2tune", {"basis": "seeded", "selection": "score"}, "basis", "excludes selection"),
     ],
 )  # fmt: skip

@@ -141,7 +141,7 @@ def test_dry_run_describes_and_writes_nothing(config, tmp_path, monkeypatch):
     code, stdout, _ = call("run", config, "--dry-run", "--set", "groups.narrow.rank=3")
     assert code == 0
     assert "tiny: local, 3 rounds" in stdout
-    assert "rank 3 on q, up: 216 trainable parameters a client" in stdout
+    assert "rank 3 on q, up: 216 parameters a client" in stdout
     assert not list(tmp_path.iterdir())
 
 

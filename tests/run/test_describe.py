@@ -118,7 +118,7 @@ def test_text(folder):
         "wide: 3 clients, 2 a round",
         "bert, 3 x 12",
         "words.jsonl, classification (3 labels); 12 examples and 3 steps a client and round, 8 to test on",
-        "rank 4 on q: 336 trainable parameters a client, and 26 of its head",
+        "rank 4 on q: 336 parameters a client, and 26 of its head",
         "memory on the device, estimated:",
     ):
         assert words in text

@@ -17,6 +17,7 @@ from h2tune_jax.method import FederatedMethod
 from h2tune_jax.methods.h2tune import client, server
 from h2tune_jax.methods.h2tune.options import (
     COMMON,
+    PAPER,
     REFERENCE,
     H2TuneHyper,
     H2TuneOptions,
@@ -31,6 +32,7 @@ from h2tune_jax.methods.h2tune.state import (
 
 __all__ = [
     "COMMON",
+    "PAPER",
     "REFERENCE",
     "H2TuneClient",
     "H2TuneHyper",

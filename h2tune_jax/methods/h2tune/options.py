@@ -1,4 +1,4 @@
-"""The options of H2Tune, what excludes what, and the preset that follows the authors' code."""
+"""The options of H2Tune, what excludes what, and the presets."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -262,6 +262,9 @@ def make_options(start: H2TuneOptions | None, changes: dict[str, Any]) -> H2Tune
         }
     return dataclasses.replace(start, **{**derived, **changes})
 
+
+PAPER = H2TuneOptions(shared_rank=128, selection="score", relation="random", g_init="uniform")
+"""The paper's form: entries selected by trained scores, a random relation, alternating halves."""
 
 REFERENCE = H2TuneOptions(
     shared_rank=128,
