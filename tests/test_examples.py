@@ -89,15 +89,25 @@ def test_the_bench_of_methods_has_every_kind_of_setting(tmp_path, monkeypatch):
     }
 
 
+def test_the_form_of_the_bench_is_the_preset(monkeypatch):
+    bench, _ = load_bench_of_methods(monkeypatch)
+    form = {k: None if v == "none" else v for k, v in bench.plan.COMMON_BASIS.items()}
+    assert {name: getattr(h2.COMMON, name) for name in form} == form
+    starts = bench.plan.ROWS["h2tune_common"].options
+    built = bench.method_of(bench.plan.ROWS["h2tune_common"]).hyper
+    assert starts["head_rate"] == h2.COMMON.head_rate
+    assert built == h2.COMMON.hyper()
+
+
 def test_the_bench_of_methods_runs_what_is_missing(tmp_path, monkeypatch):
     bench, report = load_bench_of_methods(monkeypatch)
     command = ["smoke", "--smoke", "--rows", "local,h2tune", "--out", str(tmp_path)]
     bench.main(command)
     path = tmp_path / "smoke.csv"
     lines = bench.read(path)
-    # Two rows: three rates with one seed on validation, then two seeds on test; two clients.
-    assert len(lines) == 2 * (3 + 2) * 2
     rates = bench.plan.ROWS["h2tune"].rates
+    # Two rows: every rate with one seed on validation, then two seeds on test; two clients.
+    assert len(lines) == 2 * (len(rates) + 2) * 2
     best = bench.chosen_rate(lines, "h2tune", rates)
     tested = [line for line in lines if line["split"] == "test"]
     assert {line["rate"] for line in tested if line["row"] == "h2tune"} == {best}
@@ -108,7 +118,13 @@ def test_the_bench_of_methods_runs_what_is_missing(tmp_path, monkeypatch):
     before = path.read_text()
     bench.main(command)
     assert path.read_text() == before
-    setting = bench.plan.smoke(tmp_path)["smoke"]
+    settings = bench.plan.smoke(tmp_path)
+    setting = settings["smoke"]
+    # Tests with a rate that is not the best any more are kept in the file, and not reported.
+    other = next(rate for rate in rates if rate != best)
+    stale = [{**x, "rate": other} for x in tested if x["row"] == "h2tune"]
+    bench.append(path, stale)
+    assert report.measured(setting, settings, tmp_path) == lines
     found = report.found_of(setting, lines)
     text = "\n".join(report.table(setting, found))
     assert [row.name for row in found] == ["local", "h2tune"]

@@ -20,6 +20,7 @@ from h2tune_jax.study.convergence import (
 )
 from h2tune_jax.study.plot import Curve, Panel, draw_rates
 from h2tune_jax.study.problems.quadratic import constant_step_floor, expected_run
+from h2tune_jax.study.rate import judge
 from h2tune_jax.study.settings import SETTINGS, build_problem, step_rule
 
 FOLDER = Path(__file__).parent
@@ -164,6 +165,44 @@ def theory_section():
     return lines
 
 
+def parts_section(group):
+    """Look at the two terms of the sum apart: a verdict on the sum may rest on one of them."""
+    lines = [
+        "The two terms of that sum, each with a slope of its own over the last four horizons:",
+        "",
+        "| setting | c | slope, shared | slope, personal | shared, of the sum at the longest T |",
+        "|---|---|---|---|---|",
+    ]
+    for setting in group:
+        table = rows_of(setting)
+        if table is None:
+            continue
+        for constant in setting.constants:
+            cells, longest = [], {}
+            for part in ("shared", "personal"):
+                horizons, values = rows.by_seed(table, constant, table[part])
+                cells.append(str(judge(horizons, values).slope))
+                longest[part] = values[-1].mean()
+            of_sum = longest["shared"] / sum(longest.values())
+            lines.append(
+                f"| `{setting.name}` | {constant:g} | {' | '.join(cells)} | {100 * of_sum:.2g} % |"
+            )
+    return lines
+
+
+def course_of_scale(group):
+    """|G| over the rounds of the longest horizon, as a panel."""
+    curves = []
+    for setting in group:
+        path = rounds_path(rows_path(RESULTS, setting))
+        if path.exists():
+            table = rows.read_rounds(path)
+            later = table["last_round"] > 0  # G starts at zero
+            size = np.sqrt(table["scale"][later])
+            curves.append(Curve(setting.about, table["last_round"][later], size[:, None]))
+    return Panel("|G| over the rounds of the longest T", curves, guides=False)
+
+
 def scale_section(group):
     """|G| over the rounds of the longest horizon."""
     lines = ["|G| in the longest horizon, means over rounds and seeds:", ""]
@@ -208,6 +247,8 @@ def draw(name, group):
                     )
                     curves += curves_of(setting, table, label)
             panels.append(Panel(f"{method}, {name.replace('_', ' ')}", curves))
+    if name == "upload":
+        panels.append(course_of_scale(group))
     y = "F - min F, or squared gradients" if name == "fedavg" else "mean squared gradients"
     draw_rates(RESULTS / f"{name}.svg", panels, x="rounds T", y=y)
     return [f"![{TITLES[name]}](results/{name}.svg)", ""]
@@ -220,6 +261,8 @@ def main():
         sections += [f"### {title}", "", *draw(name, group), *verdict_table(group), ""]
         if name == "fedavg":
             sections += [*theory_section(), ""]
+        if name in ("h2tune", "beyond"):
+            sections += [*parts_section(group), ""]
         if name == "upload":
             sections += [*scale_section(group), ""]
         if any(rows_path(RESULTS, setting).exists() for setting in group):

@@ -45,13 +45,14 @@ RESULTS = Path(__file__).parent / "results"
 def bench(setting: Setting, chosen: Mapping[str, Row], out: Path) -> None:
     """Run what is missing of some rows of a setting."""
     path = path_of(setting.name, out)
-    federations: dict[int, Federation] = {}
+    federations: dict[tuple, Federation] = {}
 
-    def federation(seed: int) -> Federation:
-        if seed not in federations:
+    def federation(row: Row, seed: int) -> Federation:
+        key = seed, row.probe is None
+        if key not in federations:
             bases = next(iter(federations.values())).bases if federations else None
-            federations[seed] = federation_of(setting, seed, bases)
-        return federations[seed]
+            federations[key] = federation_of(setting, row, seed, bases)
+        return federations[key]
 
     check_plan(setting, chosen, read(path))
     print(describe(setting, chosen, out), flush=True)
@@ -59,16 +60,15 @@ def bench(setting: Setting, chosen: Mapping[str, Row], out: Path) -> None:
     if far.finished == far.total:
         return
     # A row that is refused is to be known now, not hours later.
-    specs = federation(setting.seeds[0]).specs
     for row in chosen.values():
-        method_of(row).check(specs_of(row, specs))
+        method_of(row).check(specs_of(row, federation(row, setting.seeds[0]).specs))
     for name, row in chosen.items():
         programs = None
         for split in ("validation", "test"):
             for run in planned(setting, name, row, split, out):
                 if run in done(read(path)):
                     continue
-                here = federation(run.seed)
+                here = federation(row, run.seed)
                 programs = programs or programs_of(setting, row, here.specs)
                 found = lines_of(setting, programs, here, run)
                 append(path, found)

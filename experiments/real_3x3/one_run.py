@@ -35,15 +35,16 @@ class Programs(NamedTuple):
     newcomers: int
 
 
-def federation_of(setting: Setting, seed: int, bases: tuple | None) -> Federation:
-    """Build a setting's federation with the data of a seed; frozen weights are held once."""
+def federation_of(setting: Setting, row: Row, seed: int, bases: tuple | None) -> Federation:
+    """Build a row's federation with the data of a seed; frozen weights are held once."""
+    probe = row.probe or setting.probe
     server = [] if setting.server is None else [setting.server]
     config = make_config({
         "rounds": setting.rounds,
         "seed": seed,
         "method": {"name": "local"},
         "groups": [*setting.groups, *server],
-        **({} if setting.probe is None else {"probe": setting.probe}),
+        **({} if probe is None else {"probe": probe}),
     })  # fmt: skip
     made = build_federation(config)
     if server:
@@ -71,8 +72,8 @@ def specs_of(row: Row, specs: tuple) -> tuple:
     """Return the cohorts as a row has them."""
     if row.rank is None:
         return specs
-    changes = {"rank": row.rank, "alpha": float(row.rank)}
-    return tuple(dataclasses.replace(spec, **changes) for spec in specs)
+    rank = row.rank
+    return tuple(dataclasses.replace(s, rank=rank, alpha=s.scale * rank) for s in specs)
 
 
 def programs_of(setting: Setting, row: Row, specs: tuple) -> Programs:

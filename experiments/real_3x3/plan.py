@@ -47,7 +47,7 @@ from plan_groups import (
 from plan_smoke import smoke
 from plan_types import Point, Row, Setting
 
-__all__ = ["BASELINE", "BEST", "COMMON_BASIS", "FLOOR", "ROWS", "SETTINGS", "smoke"]
+__all__ = ["ALONE", "BASELINE", "BEST", "COMMON_BASIS", "FLOOR", "ROWS", "SETTINGS", "smoke"]
 
 COMMON_BASIS = {
     "core": "parallel",
@@ -72,6 +72,7 @@ FEW_SEEDS = SEEDS[:3]  # of the ablation, the curves and the last comparison
 GRID_SEEDS = (100,)
 NEWCOMERS = 1  # of each group, where groups have several clients
 
+ALONE = "_alone"  # behind a row's name: the same, and nothing is shared
 FLOOR, BEST, BASELINE = "local", "h2tune_common", "co_lora"
 CURVES = {"rank": (2, 4, 8, 16), "examples": (64, 128, 256, 512)}
 OWN_POINT = {"rank": RANK, "examples": EXAMPLES}  # where `both` stands
@@ -79,7 +80,11 @@ OWN_POINT = {"rank": RANK, "examples": EXAMPLES}  # where `both` stands
 ROWS = {**plan_rows.LOCAL, **plan_rows.BASELINES, **plan_rows.forms(COMMON_BASIS)}
 
 # Nobody else has a client's model and task in `both`, so one model a cohort is everyone's own.
-ROWS_OF_BOTH = {name: row for name, row in ROWS.items() if name != "centralised"}
+ROWS_OF_BOTH = {
+    "local": ROWS["local"],
+    **plan_rows.WIDE,
+    **{name: row for name, row in ROWS.items() if name != "centralised"},
+}
 OTHER_ROWS = {name: ROWS[name] for name in ROWS if name not in ("h2tune_paper", "h2tune_alone")}
 
 
@@ -167,6 +172,7 @@ SETTINGS = {
             grid_seeds=GRID_SEEDS,
             moment="downloaded",
             server=shard_server(),
+            judged="fed_hello",
         ),
         *_curves(),
         Setting(

@@ -24,6 +24,7 @@ BUDGET = {"batch_size": 8, "steps": 8}  # every round, once through 64 examples
 
 # Public texts of none of the tasks, for methods that fit models to each other.
 PROBE = {"data": "sms", "count": 64, "max_length": 24}
+LARGE_PROBE = {**PROBE, "count": 1024}  # for factors that are fitted on it, one row a text
 
 
 def clients(
@@ -38,6 +39,8 @@ def clients(
         "model": MODELS[model],
         "task": {**TEXTS[task], "train": examples, "validation": VALIDATION, "test": TEST},
         "budget": BUDGET,
+        # One scale, alpha / rank, whatever the rank: that of alpha = 16, the default, at `RANK`.
+        **({} if rank == RANK else {"alpha": 16.0 * rank / RANK}),
     }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from plan_groups import SHARD_RANKS, shard_budgets
+from plan_groups import LARGE_PROBE, RANK, SHARD_RANKS, shard_budgets
 from plan_types import RATES, Row
 
 Options = Mapping[str, Any]
@@ -17,7 +17,11 @@ BASELINES = {
         "fedex_lora", "fedra", "fed_hello", "ce_lora", "co_lora", "heterotune",
     )
 }  # fmt: skip
+# Its pruning keeps 0.99 of a rank, rounded down: of ranks like these that is an eighth at once, or half.
+BASELINES["hetlora"] = BASELINES["hetlora"]._replace(options={**HEADS, "gamma": 1.0})
+BASELINES["co_lora"] = BASELINES["co_lora"]._replace(probe=LARGE_PROBE)
 LOCAL = {"local": Row("local", HEADS, "no middle matrix: every client a plain LoRA, alone")}
+WIDE = {"local_wide": LOCAL["local"]._replace(words="the same with twice the rank", rank=2 * RANK)}
 
 # Written out, so that a row means the same whatever the defaults of the package become.
 BETWEEN: Options = {
@@ -53,7 +57,7 @@ TERMS = {
     "keep": "that keeps the core near the last round's",
     "distil": "that keeps the own part near the shared one's answers",
 }
-MOMENTUM: Options = {"name": "sgd", "learning_rate": 1.0, "momentum": 0.9}
+MOMENTUM: Options = {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}  # in all, steps of 1
 
 
 def h2tune_row(options: Options, words: str) -> Row:
@@ -95,6 +99,8 @@ def ablation(common_basis: Options, name_of_form: str) -> dict[str, Row]:
             continue
         anew = not change.keys().isdisjoint(("core", "basis", "selection"))
         row = h2tune_row({**best, **change}, words)
+        if change.get("basis") == "anchored":
+            row = row._replace(probe=LARGE_PROBE)
         rows[name] = row if anew else row._replace(rate_of=name_of_form)
     return rows
 
@@ -197,10 +203,10 @@ def shard_rows() -> dict[str, Row]:
     Fed-HeLLo has one rank and clients that train few of its layers; the others have all layers and
     small ranks. Both cost a client about the same (`plan_groups.shard_budgets`).
     """
+    layers = {"heads": "shared", "budgets": shard_budgets()}
     common = {
         **HEADS,
-        "heads": "shared",
-        "budgets": shard_budgets(),
+        **layers,
         # Twelve rounds are few: the scores of layers come after two of them, and every two.
         "fim_warmup": 2,
         "fim_every": 2,
@@ -214,6 +220,7 @@ def shard_rows() -> dict[str, Row]:
     return {
         **LOCAL,
         **{name: BASELINES[name]._replace(mean_heads=True) for name in ("hetlora", "flexlora")},
+        "fedra": Row("fedra", {**HEADS, **layers}, rank=max(SHARD_RANKS)),
         **{
             f"fed_hello_{allocation}": Row(
                 "fed_hello", {**common, "allocation": allocation}, words, rank=max(SHARD_RANKS)

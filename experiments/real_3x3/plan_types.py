@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """The grid of learning rates, of all that is adapted but the heads."""
 
 
@@ -16,7 +16,8 @@ class Row(NamedTuple):
     words: str = ""  # what it is, for tables
     rates: tuple[float, ...] = RATES
     rate_of: str | None = None  # a row of the shared setting, whose rate it takes
-    rank: int | None = None  # of every client, with alpha = rank; None: what its group says
+    rank: int | None = None  # of every client, scaled as its group is; None: what the group says
+    probe: Mapping[str, Any] | None = None  # public texts for this row; None: the setting's
     mean_heads: bool = False  # after every round all clients get the mean of their heads
 
 
@@ -44,6 +45,7 @@ class Setting(NamedTuple):
     )
     probe: Mapping[str, Any] | None = None
     server: Mapping[str, Any] | None = None  # a group whose training rows are the server's own set
+    judged: str = "h2tune"  # the method that is compared with the best of the others
     against: str | None = None  # the row that all others are compared with: an ablation
     point: Point | None = None
     shares: str | None = None  # a setting of the same federation: rows that it has too are its own
@@ -52,9 +54,10 @@ class Setting(NamedTuple):
 
 def fingerprint(setting: Setting, row: Row) -> str:
     """Name all that a run's numbers depend on but rate and seed: lines of other plans do not mix."""
+    probe = row.probe or setting.probe
     said = (
         row.method, sorted(row.options.items()), row.rank, row.mean_heads, setting.groups,
-        setting.rounds, setting.moment, setting.newcomers, setting.probe, setting.server,
+        setting.rounds, setting.moment, setting.newcomers, probe, setting.server,
     )  # fmt: skip
     return f"{zlib.crc32(repr(said).encode()):08x}"
 

@@ -13,6 +13,7 @@ COLUMNS = (
     "setting", "row", "plan", "rate", "seed", "split", "round", "client", "examples", "accuracy", "loss",
     "refused", "numbers_up", "numbers_down", "seconds", "device", "cores", "jax",
 )  # fmt: skip
+COST_COLUMNS = "setting", "row", "plan", "trained", "planned_bytes", "device", "jax"
 WHOLE = frozenset(("seed", "round", "examples", "refused", "numbers_up", "numbers_down", "cores"))
 NUMBERS = frozenset(("rate", "accuracy", "loss", "seconds"))
 
@@ -54,16 +55,45 @@ def append(path: Path, lines: Iterable[Line]) -> None:
     csv_rows.append(path, lines, COLUMNS)
 
 
+def append_cost(folder: Path, line: Line) -> None:
+    """Append what `costs.py` found of one row."""
+    csv_rows.append(folder / "costs.csv", [line], COST_COLUMNS)
+
+
+def costs_of(setting: Setting, folder: Path) -> dict[str, dict[str, Any]]:
+    """Read what `costs.py` found, by row; also of those that another setting runs for this one."""
+    names = frozenset((setting.name, setting.shares))
+    numbers = frozenset(("trained", "planned_bytes"))
+    lines = csv_rows.read(folder / "costs.csv", whole=frozenset(), numbers=numbers)
+    return {
+        line["row"]: line
+        for line in lines
+        if line["setting"] in names
+        and line["row"] in setting.rows
+        and line["plan"] == fingerprint(setting, setting.rows[line["row"]])
+    }
+
+
 def measured(
     setting: Setting, settings: Mapping[str, Setting], folder: Path
 ) -> list[dict[str, Any]]:
-    """Read the lines of all rows of a setting, also of those that another setting runs for it."""
+    """Read the lines of all rows of a setting, also of those that another setting runs for it.
+
+    On test rows only those with the rate that the rule chooses: after a grid has grown that may be another
+    one than before. Rows whose grid is not through are left out. Raises `OtherPlan`.
+    """
     own = own_rows(setting, settings)
-    lines = [x for x in read(path_of(setting.name, folder)) if x["row"] in own]
-    if setting.shares is not None:
-        theirs = setting.rows.keys() - own.keys()
-        lines += [x for x in read(path_of(setting.shares, folder)) if x["row"] in theirs]
-    return lines
+    kept = []
+    for name, row in setting.rows.items():
+        home = setting if name in own or setting.shares is None else settings[setting.shares]
+        lines = [line for line in read(path_of(home.name, folder)) if line["row"] == name]
+        check_plan(home, {name: row}, lines)
+        try:
+            rate = rate_of(home, name, row, folder)
+        except RateUnknown:
+            continue
+        kept += [line for line in lines if line["split"] == "validation" or line["rate"] == rate]
+    return kept
 
 
 def run_of(line: Line) -> Run:
@@ -118,16 +148,20 @@ def planned(setting: Setting, name: str, row: Row, split: str, folder: Path) -> 
     if split == "validation":
         grid = row.rates if has_grid(setting, row) else ()
         return [Run(name, rate, seed, split) for rate in grid for seed in setting.grid_seeds]
+    return [Run(name, rate_of(setting, name, row, folder), seed, split) for seed in setting.seeds]
+
+
+def rate_of(setting: Setting, name: str, row: Row, folder: Path) -> float:
+    """Return the rate that a row is tested with. Raises `RateUnknown`."""
     beside = setting.shares if row.rate_of is not None else setting.rates_from
     chosen_in, chosen_by = beside or setting.name, row.rate_of or name
     try:
-        rate = chosen_rate(read(path_of(chosen_in, folder)), chosen_by, row.rates)
+        return chosen_rate(read(path_of(chosen_in, folder)), chosen_by, row.rates)
     except RateUnknown as error:
         raise RateUnknown(
             f"{setting.name} takes the rates that were chosen in {chosen_in}: {error} there; run "
             f"`bench.py {chosen_in} --rows {chosen_by}` first"
         ) from None
-    return [Run(name, rate, seed, split) for seed in setting.seeds]
 
 
 def num_runs(setting: Setting, row: Row) -> int:
@@ -155,7 +189,13 @@ def progress(setting: Setting, chosen: Mapping[str, Row], lines: Iterable[Line])
     seconds = {
         run_of(line): line["seconds"] for line in lines if line["row"] in chosen and is_run(line)
     }
+    count = lambda name, split: sum((run.row, run.split) == (name, split) for run in seconds)
+    finished = sum(
+        # Of a grid that has grown since, some may be tests with a rate that is not the best any more.
+        count(name, "validation") + min(count(name, "test"), len(setting.seeds))
+        for name in chosen
+    )
     total = sum(num_runs(setting, row) for row in chosen.values())
     spent = sum(seconds.values())
-    left = (total - len(seconds)) * spent / len(seconds) if seconds else None
-    return Progress(len(seconds), total, spent, left)
+    left = (total - finished) * spent / len(seconds) if seconds else None
+    return Progress(finished, total, spent, left)

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import plan
 from plan_types import Setting, own_rows
-from record import measured, path_of, progress, read
+from record import costs_of, measured, path_of, progress, read
 from report_pictures import draw, draw_curve
-from report_rows import METRIC, MOMENTS, Found, found_of, rival_of
+from report_rows import METRIC, MOMENTS, Found, found_of
 
-from h2tune_jax.run.numbers import difference_of, duration, share
-from h2tune_jax.run.paired import Interval
+from h2tune_jax.run.numbers import difference_of, duration, share, size
+from h2tune_jax.run.paired import Interval, paired_interval
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
+BYTES = 4  # of a number: all that travels is float32
 START, END = "<!-- results -->", "<!-- end of results -->"
 
 
@@ -38,25 +39,84 @@ def rows_of(heads: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 
 def table(setting: Setting, found: Sequence[Found]) -> list[str]:
-    """Write a setting's table, the best first."""
-    rival = rival_of(setting, {row.name: row.mean for row in found})
+    """Write a setting's tables: how good the rows are, the best first, and folded away what they cost."""
+    rival = found[0].rival
     tasks = list(dict.fromkeys(task for row in found for task in row.by_task))
     beside = [] if rival is None else [f"minus `{rival}`"]
     moments = [name for name in MOMENTS if any(name in row.beside for row in found)]
-    heads = ["row", "rate", METRIC, f"minus `{plan.FLOOR}`", *beside, *tasks]
+    heads = ["row", "rate", "seeds", METRIC, f"minus `{plan.FLOOR}`", *beside, *tasks]
     heads += [MOMENTS[name] for name in moments]
     body = [
         [
-            f"`{row.name}`", f"{row.rate:g}", share(row.mean), interval_text(row.over_floor),
+            f"`{row.name}`", rate_text(setting, row), f"{len(row.scores)}", share(row.mean),
+            interval_text(row.over_floor),
             *([] if rival is None else [interval_text(row.over_rival)]),
             *(share(row.by_task.get(task)) for task in tasks),
             *(share(row.beside.get(name)) for name in moments),
-            *(f"{count:,.0f}" for count in row.numbers), f"{row.seconds:.0f}",
         ]
-        for row in sorted(found, key=lambda row: -row.mean)
+        for row in ranked(setting, found)
     ]  # fmt: skip
-    heads += ["numbers up", "numbers down", "s a run"]
-    return [*rows_of(heads, body), "", notes(setting, found)]
+    lines = [*rows_of(heads, body), "", notes(setting, found), *sharing(found), ""]
+    return [
+        *lines,
+        *folded("By client", client_table(setting, found)),
+        "",
+        *folded("What it costs", cost_of_rows(setting, found)),
+    ]
+
+
+def ranked(setting: Setting, found: Sequence[Found]) -> list[Found]:
+    """Order rows by accuracy; those that have not run with all seeds come last."""
+    return sorted(found, key=lambda row: (len(row.scores) < len(setting.seeds), -row.mean))
+
+
+def rate_text(setting: Setting, row: Found) -> str:
+    """Write the rate that was chosen, with a mark where it is the least or the largest of the grid."""
+    rates = setting.rows[row.name].rates
+    return f"{row.rate:g}" + ("\\*" if row.rate in (min(rates), max(rates)) else "")
+
+
+def folded(title: str, lines: Sequence[str]) -> list[str]:
+    """Fold lines away under a title."""
+    return [f"<details><summary>{title}</summary>", "", *lines, "", "</details>"]
+
+
+def client_table(setting: Setting, found: Sequence[Found]) -> list[str]:
+    """Write every client's accuracy."""
+    clients = list(dict.fromkeys(client for row in found for client in row.by_client))
+    body = [
+        [f"`{row.name}`", *(share(row.by_client.get(client)) for client in clients)]
+        for row in ranked(setting, found)
+    ]
+    return rows_of(["row", *clients], body)
+
+
+def cost_of_rows(setting: Setting, found: Sequence[Found]) -> list[str]:
+    """Write what every row sends, trains and takes."""
+    heads = ["row", "sent up", "sent down", "numbers trained", "memory of a round", "s a round"]
+    body = [
+        [
+            f"`{row.name}`", *(size(BYTES * count) for count in row.numbers),
+            "" if row.trained is None else f"{row.trained:,.0f}",
+            "" if row.planned_bytes is None else size(row.planned_bytes),
+            f"{row.seconds / setting.rounds:.1f}",
+        ]
+        for row in ranked(setting, found)
+    ]  # fmt: skip
+    return rows_of(heads, body)
+
+
+def sharing(found: Sequence[Found]) -> list[str]:
+    """Say what sharing itself adds: a row minus the same row where nothing is shared."""
+    rows = {row.name: row for row in found}
+    said = []
+    for name, row in rows.items():
+        alone = rows.get(f"{name}{plan.ALONE}")
+        common = alone and sorted(row.scores.keys() & alone.scores.keys())
+        if alone and common:
+            gaps = [row.scores[seed] - alone.scores[seed] for seed in common]
+            said.append(f"{interval_text(paired_interval(gaps))} in `{name}`")
+    return ["", f"What sharing itself adds, paired by seed: {'; '.join(said)}."] if said else []
 
 
 def ablation_table(setting: Setting, found: Sequence[Found]) -> list[str]:
@@ -65,13 +125,13 @@ def ablation_table(setting: Setting, found: Sequence[Found]) -> list[str]:
     heads += [f"minus `{setting.against}`", f"minus `{plan.FLOOR}`"]
     body = [
         [
-            setting.rows[row.name].words, f"`{row.name}`", f"{row.rate:g}", share(row.mean),
+            setting.rows[row.name].words, f"`{row.name}`", rate_text(setting, row), share(row.mean),
             interval_text(row.over_rival), interval_text(row.over_floor),
         ]
         for row in found
     ]  # fmt: skip
     form = ", ".join(f"{name} {value}" for name, value in plan.COMMON_BASIS.items())
-    about = f"`{plan.BEST}` is H2Tune as the paper has it, but for: {form}."
+    about = f"`{plan.BEST}` is the row `h2tune` but for: {form} (before the rates are chosen)."
     return [*rows_of(heads, body), "", f"{about} {notes(setting, found)}"]
 
 
@@ -79,6 +139,8 @@ def notes(setting: Setting, found: Sequence[Found]) -> str:
     """Say what a table is made of, and what is missing in it."""
     counts = sorted({len(row.scores) for row in found})
     text = f"Seeds a row: {', '.join(map(str, counts))}."
+    if any(rate_text(setting, row).endswith("*") for row in found):
+        text += " \\* the least or the largest rate of the grid."
     names = {row.name for row in found}
     missing = [name for name in setting.rows if name not in names]
     return text + (f" Not run yet: {', '.join(missing)}." if missing else "")
@@ -127,7 +189,8 @@ def page_of(settings: Mapping[str, Setting], folder: Path) -> str:
     parts: list[str] = []
     curves: dict[str, dict[int, list[Found]]] = {}
     for name, setting in settings.items():
-        found = found_of(setting, measured(setting, settings, folder))
+        lines = measured(setting, settings, folder)
+        found = found_of(setting, lines, costs_of(setting, folder))
         if setting.point is not None:
             if found:
                 curves.setdefault(setting.point.curve, {})[setting.point.value] = found

@@ -8,7 +8,6 @@ from plan_types import Setting
 from report_rows import Found
 
 from h2tune_jax.run.figure import save_figure
-from h2tune_jax.run.paired import paired_interval
 
 
 def draw(setting: Setting, found: Sequence[Found], path: Path) -> bool:
@@ -28,11 +27,13 @@ def draw(setting: Setting, found: Sequence[Found], path: Path) -> bool:
         return False
     figure = Figure(figsize=(6.4, 0.9 + 0.28 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    for place, (_, value) in enumerate(shown):
-        low = value.mean if value.low is None else value.low
-        high = value.mean if value.high is None else value.high
-        axes.plot([100 * low, 100 * high], [place, place], color="C0", lw=1.5)
-        axes.plot(100 * value.mean, place, "o", color="C0", ms=4)
+    for place, (name, value) in enumerate(shown):
+        color = "C0" if setting.rows[name].method == setting.judged else "0.45"
+        if value.low is None or value.high is None:  # one seed: no interval
+            axes.plot(100 * value.mean, place, "o", mec=color, mfc="white", ms=4)
+            continue
+        axes.plot([100 * value.low, 100 * value.high], [place, place], color=color, lw=1.5)
+        axes.plot(100 * value.mean, place, "o", color=color, ms=4)
     axes.axvline(0, color="0.6", lw=0.8)
     axes.set_yticks(range(len(shown)), [name for name, _ in shown])
     axes.set_xlabel(f"test accuracy minus {against}, percentage points, 95 % interval")
@@ -42,28 +43,41 @@ def draw(setting: Setting, found: Sequence[Found], path: Path) -> bool:
 
 
 def draw_curve(curve: str, points: Mapping[int, Sequence[Found]], path: Path) -> None:
-    """Draw every row's accuracy over what is varied; bars are 95 % intervals over seeds, not paired."""
+    """Draw accuracies over what is varied, and beside them the differences to the floor, paired by seed."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row.name for found in points.values() for row in found))
-    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for place, name in enumerate(names):
-        values, means, below, above = [], [], [], []
-        for value, found in sorted(points.items()):
-            for row in (row for row in found if row.name == name):
-                mean = paired_interval(list(row.scores.values()))
-                values.append(value * 1.03 ** (place - 1))  # side by side: bars do not hide others
-                means.append(100 * mean.mean)
-                below.append(0.0 if mean.low is None else 100 * (mean.mean - mean.low))
-                above.append(0.0 if mean.high is None else 100 * (mean.high - mean.mean))
-        axes.errorbar(
-            values, means, yerr=[below, above], label=name, marker="o", ms=4, lw=1.2, capsize=2
+        own = [
+            (value, row)
+            for value, found in sorted(points.items())
+            for row in found
+            if row.name == name
+        ]
+        means = [100 * row.mean for _, row in own]
+        left.plot(
+            [v for v, _ in own], means, color=f"C{place}", label=name, marker="o", ms=4, lw=1.2
         )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(points), [str(value) for value in sorted(points)])
-    axes.minorticks_off()
-    axes.set_xlabel(curve)
-    axes.set_ylabel("test accuracy, %")
-    axes.legend(fontsize=8)
+        gaps = [(value, row.over_floor) for value, row in own if row.over_floor is not None]
+        if gaps:
+            # Side by side: bars do not hide others.
+            at = [value * 1.03 ** (place - 1) for value, _ in gaps]
+            low = [0.0 if gap.low is None else 100 * (gap.mean - gap.low) for _, gap in gaps]
+            high = [0.0 if gap.high is None else 100 * (gap.high - gap.mean) for _, gap in gaps]
+            middle = [100 * gap.mean for _, gap in gaps]
+            right.errorbar(
+                at, middle, yerr=[low, high], color=f"C{place}", label=name, marker="o", ms=4,
+                lw=1.2, capsize=2,
+            )  # fmt: skip
+    right.axhline(0, color="0.6", lw=0.8)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(points), [str(value) for value in sorted(points)])
+        axes.minorticks_off()
+        axes.set_xlabel(curve)
+    left.set_ylabel("test accuracy, %")
+    left.legend(fontsize=8)
+    right.set_ylabel(f"minus {plan.FLOOR}, points, 95 %")
     save_figure(figure, path)

@@ -10,9 +10,9 @@ from plan_types import Setting
 from h2tune_jax.run.paired import OVERALL, ComparisonRow, Interval, Score, compare_scores
 
 METRIC = "accuracy"
-MOMENTS = {"downloaded": "right after a download", "newcomer": "newcomers"}
-NOT_RIVALS = ("local", "centralised", "h2tune")
-"""Methods that are no baseline to be beaten: the floor, the ceiling, and what is compared."""
+MOMENTS = {"downloaded": "right after a download, 200 rows", "newcomer": "newcomers, 200 rows"}
+NOT_RIVALS = ("local", "centralised")
+"""Methods that are no baseline to be beaten: the floor and the ceiling."""
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -25,28 +25,45 @@ class Found(NamedTuple):
     scores: Mapping[int, float]  # by seed
     by_task: Mapping[str, float]  # over its clients and all seeds
     beside: Mapping[str, float]  # the same at the other moments that were measured, by name
+    by_client: Mapping[str, float]  # over all seeds
     numbers: tuple[float, float]  # up and down, a client and round
     seconds: float  # a run, median over its seeds
+    trained: float | None  # numbers, the mean over clients; None: not measured, as the next
+    planned_bytes: float | None  # of a round
     over_floor: Interval | None  # paired by seed, as is the next
     over_rival: Interval | None
+    rival: str | None
 
     @property
     def mean(self) -> float:
         return float(np.mean(list(self.scores.values())))
 
 
-def found_of(setting: Setting, lines: Lines) -> list[Found]:
-    """Collect what was measured of each row, in the setting's order."""
+def found_of(
+    setting: Setting, lines: Lines, costs: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Found]:
+    """Collect what was measured of each row, in the setting's order; `costs` by row, where known."""
     tested = [
         line
         for line in lines
         if line["split"] == "test" and line["row"] in setting.rows and line["seed"] in setting.seeds
     ]
     to_floor = compare(tested, plan.FLOOR)
-    rival = rival_of(setting, {name: row.mean for name, row in to_floor.items()})
+    whole = {
+        name: row.mean for name, row in to_floor.items() if len(row.seeds) == len(setting.seeds)
+    }
+    rival = rival_of(setting, whole)
     to_rival = {} if rival is None else compare(tested, rival)
     return [
-        _found(name, tested, beside_of(setting, name, lines), to_floor, to_rival)
+        _found(
+            name,
+            tested,
+            beside_of(setting, name, lines),
+            to_floor,
+            to_rival,
+            (costs or {}).get(name, {}),
+            rival,
+        )
         for name in setting.rows
         if name in to_floor
     ]
@@ -58,9 +75,12 @@ def _found(
     beside: Mapping[str, float],
     to_floor: Mapping[str, ComparisonRow],
     to_rival: Mapping[str, ComparisonRow],
+    cost: Mapping[str, Any],
+    rival: str | None,
 ) -> Found:
     own = [line for line in tested if line["row"] == name]
     tasks = dict.fromkeys(task_of(line["client"]) for line in own)
+    clients = dict.fromkeys(line["client"] for line in own)
     a_round = lambda way: float(np.mean([line[way] / line["round"] for line in own]))
     return Found(
         name=name,
@@ -68,10 +88,14 @@ def _found(
         scores={seed: mean([x for x in own if x["seed"] == seed]) for seed in to_floor[name].seeds},
         beside=beside,
         by_task={task: mean([x for x in own if task_of(x["client"]) == task]) for task in tasks},
+        by_client={one: mean([x for x in own if x["client"] == one]) for one in clients},
         numbers=(a_round("numbers_up"), a_round("numbers_down")),
         seconds=float(np.median([line["seconds"] for line in own])),
+        trained=cost.get("trained"),
+        planned_bytes=cost.get("planned_bytes"),
         over_floor=to_floor[name].difference,
         over_rival=to_rival[name].difference if name in to_rival else None,
+        rival=rival,
     )
 
 
@@ -102,10 +126,14 @@ def compare(lines: Lines, baseline: str) -> dict[str, ComparisonRow]:
 
 
 def rival_of(setting: Setting, means: Mapping[str, float]) -> str | None:
-    """Name whom rows are compared with beside the floor: the best baseline, by its test accuracy."""
+    """Name whom rows are compared with beside the floor: the best baseline, by its test accuracy.
+
+    `means` has the rows that have run with all seeds: means over other seeds do not compare.
+    """
     if setting.against is not None:
         return setting.against
-    rivals = [name for name in means if setting.rows[name].method not in NOT_RIVALS]
+    none = (*NOT_RIVALS, setting.judged)
+    rivals = [name for name in means if setting.rows[name].method not in none]
     return max(rivals, key=lambda name: means[name], default=None)
 
 

@@ -101,7 +101,7 @@ def targets() -> list[Target]:
         result.append(Target(what, 1.05, False, None if pair is None else pair["ratio"]))
     for steps in (1, 4):
         for peer, bound in (("torch + peft", 1.2), ("process per client", 20.0)):
-            what = f"MiniLM LoRA, {steps} steps a client: clients/s over {peer}"
+            what = f"MiniLM LoRA, {steps} step{'s' * (steps > 1)} a client: clients/s over {peer}"
             result.append(Target(what, bound, True, times_of(peers, f"lora{steps}", peer)))
     what = "MLP: dearest over cheapest client from 16 to 10,000 clients"
     result.append(Target(what, 1.10, False, flatness(newest_flat())))

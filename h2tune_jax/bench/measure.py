@@ -101,6 +101,15 @@ def _bytes(tree: PyTree) -> int:
     return sum(int(np.prod(x.shape, dtype=np.int64)) * jnp.dtype(x.dtype).itemsize for x in leaves)
 
 
+def planned_bytes(program: jax.stages.Compiled, arguments: PyTree) -> int:
+    """Return what a compiled program will hold, by its own plan; without one, its arguments alone."""
+    plan = program.memory_analysis()
+    if plan is None:
+        return _bytes(arguments)
+    results = plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return plan.argument_size_in_bytes + plan.temp_size_in_bytes + results
+
+
 def _refuse_too_large(size: int, what: str) -> None:
     free = HEADROOM * machine.free_memory()
     if size > free:
@@ -139,10 +148,7 @@ def _compile(
         program = round_fn.lower(state, *rest, np.uint32(0)).compile()
         seconds.append(time.perf_counter() - began)
     assert program is not None  # at least one compilation
-    planned, plan = _bytes((state, *rest)), program.memory_analysis()
-    if plan is not None:
-        planned = plan.argument_size_in_bytes + plan.temp_size_in_bytes
-        planned += plan.output_size_in_bytes - plan.alias_size_in_bytes
+    planned = planned_bytes(program, (state, *rest))
     _refuse_too_large(planned, "a round's arguments and temporaries")
     # A compiled program takes arrays as they were described, and a mesh spreads them.
     run = program if mesh is None else round_fn

@@ -1,10 +1,11 @@
 """Figures as files."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 
-def save_figure(figure: Any, file: str | Path) -> None:
+def save_figure(figure: Any, file: str | os.PathLike) -> None:
     """Write a matplotlib figure without dates and random ids: the same rows give the same file."""
     from matplotlib import rc_context
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from h2tune_jax.study import rows
-from h2tune_jax.study.rate import Claim, Verdict, judge
+from h2tune_jax.study.rate import Claim, Verdict, check_seeds, judge
 from h2tune_jax.study.settings import (
     PROBLEMS,
     SETTINGS,
@@ -34,6 +34,11 @@ from h2tune_jax.study.settings import (
 from h2tune_jax.types import FederationError, near_match
 
 Say = Callable[[str], None]
+OWN_ONLY = (
+    "problem_option", "method", "option", "name", "step", "participation", "local_steps",
+    "heterogeneity", "measure",
+)  # fmt: skip
+"""Flags of a setting of one's own: a named one has these fixed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,6 +116,10 @@ def verdicts_of(setting: Setting, path: Path) -> dict[float, Verdict]:
     if not path.exists():
         raise FederationError(f"{setting.name}: there are no rows at {path}; run it first")
     table = rows.read_rows(path)
+    missing = set(setting.horizons) - set(table["horizon"].astype(int).tolist())
+    if missing:
+        listed = ", ".join(map(str, sorted(missing)))
+        raise FederationError(f"{setting.name}: {path} has no rows of T = {listed}; run it first")
     values = measured(setting, table)
     claim = Claim(exponent=setting.exponent)
     verdicts = {}
@@ -158,6 +167,10 @@ def _machine() -> str:
 
 
 def _chosen(args: argparse.Namespace) -> list[Setting]:
+    own = {field: value for field in OWN_ONLY if (value := getattr(args, field)) not in (None, [])}
+    if args.problem is None and own:
+        flags = ", ".join(f"--{field.replace('_', '-')}" for field in own)
+        raise FederationError(f"{flags}: of a setting of your own, which needs --problem")
     if args.smoke:
         found = [SMOKE]
     elif args.problem is not None:
@@ -180,7 +193,11 @@ def _chosen(args: argparse.Namespace) -> list[Setting]:
     }
     if args.rate is not None:
         changes["exponent"] = args.rate
-    return [dataclasses.replace(setting, **changes) for setting in found]
+    found = [dataclasses.replace(setting, **changes) for setting in found]
+    for setting in found:
+        if setting.exponent is not None:
+            check_seeds(setting.seeds)
+    return found
 
 
 def _own_setting(args: argparse.Namespace) -> Setting:
@@ -189,15 +206,19 @@ def _own_setting(args: argparse.Namespace) -> Setting:
         problem_options["local_steps"] = args.local_steps
     if args.heterogeneity is not None:
         problem_options["heterogeneity"] = args.heterogeneity
+    method = args.method or "h2tune"
+    given = {
+        field: value
+        for field in ("step", "participation", "measure")
+        if (value := getattr(args, field)) is not None
+    }
     return Setting(
-        name=args.name or f"own/{args.method}-{args.problem}",
+        name=args.name or f"own/{method}-{args.problem}",
         problem=args.problem,
         problem_options=problem_options,
-        method=args.method,
+        method=method,
         options=_options(args.option),
-        step=args.step,
-        participation=args.participation,
-        measure=args.measure,
+        **given,
     )
 
 
@@ -240,14 +261,14 @@ def _parser() -> argparse.ArgumentParser:
     add = own.add_argument
     add("--problem", choices=tuple(PROBLEMS), help="what to run on")
     add("--problem-option", action="append", default=[], metavar="KEY=VALUE")
-    add("--method", default="h2tune", help="name of a method")
+    add("--method", help="name of a method (default: h2tune)")
     add("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the method")
     add("--name", help="of the setting")
-    add("--step", default="sqrt", choices=("sqrt", "constant", "inverse", "decreasing"))
-    add("--participation", type=float, default=1.0, help="share of the clients in a round")
+    add("--step", choices=("sqrt", "constant", "inverse", "decreasing"), help="(default: sqrt)")
+    add("--participation", type=float, help="share of the clients in a round (default: 1)")
     add("--local-steps", type=int)
     add("--heterogeneity", type=float)
-    add("--measure", default="mean", choices=("mean", "gap"))
+    add("--measure", choices=("mean", "gap"), help="(default: mean)")
     return parser
 
 

@@ -25,15 +25,14 @@ class Panel(NamedTuple):
     title: str
     curves: Sequence[Curve]
     note: str = ""  # such as what was cut, and why
+    guides: bool = True  # with the lines of the rates
 
 
-def draw_rates(
-    path: str | os.PathLike, panels: Sequence[Panel], *, x: str, y: str, guides: bool = True
-) -> None:
+def draw_rates(path: str | os.PathLike, panels: Sequence[Panel], *, x: str, y: str) -> None:
     """Draw means over seeds with 95 % bootstrap intervals, log over log, into a file.
 
-    With `guides`, each panel has the lines 1/sqrt T and 1/T through its highest first point. A curve
-    whose last values are not finite is named as diverged, and not drawn.
+    Panels with `guides` have the lines 1/sqrt T and 1/T through their highest first point. A curve whose
+    last values are not finite is named as diverged, and not drawn.
     """
     figure, axes = _axes(len(panels))
     for ax, panel in zip(axes, panels):
@@ -48,7 +47,7 @@ def draw_rates(
             low = [max(one.low, 1e-30) for one in each]
             ax.fill_between(at, low, [one.high for one in each], alpha=0.25, color=line.get_color())
         if ax.collections:  # a logarithm needs something to scale
-            if guides:
+            if panel.guides:
                 _draw_guides(ax, panel)
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")

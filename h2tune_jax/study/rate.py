@@ -33,6 +33,10 @@ SQRT = Claim()
 """The O(1/sqrt T) of the theorem."""
 
 
+LEAST_SEEDS = 4
+"""How many seeds a verdict needs; the intervals of so few are somewhat too narrow."""
+
+
 class Interval(NamedTuple):
     """An estimate and its bootstrap interval."""
 
@@ -65,12 +69,12 @@ def judge(
 ) -> Verdict:
     """Hold measured values against a claim.
 
-    Seeds are drawn together for all horizons, as a seed's runs at different horizons are alike.
+    Seeds are drawn together for all horizons, as a seed's runs at different horizons are alike. Raises
+    `FederationError` where there are too few of either: no verdict at all.
     """
     if len(horizons) < claim.last:
-        return _inconsistent(f"{claim.last} horizons are needed, there are {len(horizons)}")
-    if values.shape[1] < 4:
-        return _inconsistent(f"4 seeds are needed for an interval, there are {values.shape[1]}")
+        raise FederationError(f"a verdict needs {claim.last} horizons, there are {len(horizons)}")
+    check_seeds(values.shape[1])
     if np.any(np.diff(horizons) <= 0):
         raise FederationError(f"horizons must ascend, got {list(horizons)}")
     horizons, values = horizons[-claim.last :], values[-claim.last :]
@@ -88,6 +92,12 @@ def judge(
     if not growth.high <= claim.growth:
         reasons.append(f"T^{claim.exponent:g} M(T) may still grow: exponent {growth}")
     return Verdict(not reasons, slope, growth, "; ".join(reasons))
+
+
+def check_seeds(count: int) -> None:
+    """Refuse to judge so few seeds."""
+    if count < LEAST_SEEDS:
+        raise FederationError(f"a verdict needs {LEAST_SEEDS} seeds, there are {count}")
 
 
 def interval(values: np.ndarray, *, level: float = 0.95, draws: int = 2000) -> Interval:

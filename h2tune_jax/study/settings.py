@@ -83,7 +83,12 @@ class Setting:
         kept = dataclasses.asdict(self)
         for field in ("horizons", "about", "exponent"):
             del kept[field]
-        return kept
+        return kept | {"options": self.method_options()}
+
+    def method_options(self) -> dict[str, Any]:
+        """Return the method's options: for h2tune those of the theorem, unless the setting differs."""
+        theorem = THEOREM if self.method == "h2tune" else {}
+        return {**theorem, **self.options}
 
 
 def build_problem(setting: Setting) -> Problem:
@@ -106,9 +111,7 @@ def build_method(setting: Setting) -> tuple[FederatedMethod, TrainedFn, HyperFn]
     known = catalog.method_options(setting.method)
     options: dict[str, Any] = {"optimizer": "sgd"} if "optimizer" in known else {}
     trained: TrainedFn = everything
-    if setting.method == "h2tune":
-        options |= THEOREM
-    options |= setting.options
+    options |= setting.method_options()
     if setting.method == "h2tune":
         trained = h2tune_trained(
             upload=options["upload"], train_factors=options.get("train_factors", True)
@@ -143,7 +146,7 @@ def _main() -> list[Setting]:
             problem="partial",
             options=FROZEN,
             constants=(0.1, 0.3, 1.0),
-            about="quadratic with shared and personal parts",
+            about="quadratic with shared and personal parts, A and B frozen",
         ),
         Setting(
             name="h2tune/sensing",

@@ -62,8 +62,10 @@ def test_one_slow_constant_among_good_ones_is_inconsistent(folder):
 
 def test_a_horizon_may_be_added_later(folder, capsys):
     args = [*FEDAVG, "--constants", "1", "--name", "own/longer"]
-    assert run(folder, *args, "--horizons", "16", "32", "64") == 1
-    assert "4 horizons are needed" in capsys.readouterr().out
+    assert run(folder, *args, "--horizons", "16", "32", "64") == 2
+    assert "a verdict needs 4 horizons, there are 3" in capsys.readouterr().err
+    assert run(folder, *args, *SHORT, "--judge") == 2
+    assert "has no rows of T = 128" in capsys.readouterr().err
     assert run(folder, *args, *SHORT) == 0
     assert "T = 64" not in capsys.readouterr().out
 
@@ -77,6 +79,8 @@ def test_bad_requests_are_told(folder, capsys):
         ([*FEDAVG, "--option", "rate=3"], "unknown option"),
         ([*FEDAVG, "--option", "rate"], "expected key=value"),
         (["--problem", "sensing", "--measure", "gap", "--judge"], "no rows"),
+        (["fedavg/sqrt", "--participation", "0.5"], "--participation: of a setting of your own"),
+        (["fedavg/sqrt", "--seeds", "3"], "a verdict needs 4 seeds, there are 3"),
     ):
         assert run(folder, *args) == 2
         assert message in capsys.readouterr().err
