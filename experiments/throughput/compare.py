@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +61,7 @@ class Stage(NamedTuple):
     steps: int = 5
 
 
+OURS = "h2tune_jax"
 PAIR = Program("pair_mlp.py", None, None)
 FLOWER = Program("flower_mlp.py", "flower", "flwr", (2,))
 MLP = (
@@ -137,7 +139,7 @@ def measure(name: str, stage: Stage, args: argparse.Namespace) -> tuple[list[dic
                 for report in found:
                     key = report["program"], report["threads"]
                     reports[key].append(report)
-                    versions[key[0]] = version_of(program)
+                    versions[key[0]] = version_of(program, key[0])
                     median = np.median(report["seconds"])
                     text = (
                         f"  {name} {repeat + 1} {key[0]}, {key[1]} threads: {median:.4f} s a round"
@@ -145,16 +147,16 @@ def measure(name: str, stage: Stage, args: argparse.Namespace) -> tuple[list[dic
                     print(text, flush=True)
     ratios = paired_ratios(reports) if name.startswith("pair") else {}
     result = [
-        row_of(name, stage, versions[key[0]], group) | ratios.get(key[0], {})
+        row_of(name, stage, versions[key[0]], group) | (ratios if key[0] == OURS else {})
         for key, group in reports.items()
     ]
     return result, same_work(result) and whole
 
 
-def version_of(program: Program) -> str:
-    """Look a peer's version up in its requirements."""
+def version_of(program: Program, name: str) -> str:
+    """Look a peer's version up in its requirements; a script may report on several programs, by name."""
     if program.package is None:
-        return machine.describe()["h2tune_jax" if "h2tune" in program.script else "jax"]
+        return machine.describe()["h2tune_jax" if name.startswith(OURS) else "jax"]
     lines = (PEERS / "requirements" / f"{program.venv}.txt").read_text().splitlines()
     return next(v for n, _, v in (line.partition("==") for line in lines) if n == program.package)
 
@@ -184,20 +186,25 @@ def row_of(name: str, stage: Stage, version: str, group: list[dict]) -> dict:
     }
 
 
-def paired_ratios(reports: dict) -> dict[str, dict]:
-    """h2tune_jax over the better bare loop, round by round, with a 95 % bootstrap interval."""
+def paired_ratios(reports: Mapping[tuple[str, int], list[dict]]) -> dict[str, float]:
+    """h2tune_jax over the better bare loop, round by round, with a 95 % bootstrap interval.
+
+    Each side has its better number of threads. Where these are equal, the two rounds of a pair ran one
+    after the other.
+    """
     seconds = {
-        program: np.concatenate([report["seconds"] for report in group])
-        for (program, _), group in reports.items()
+        key: np.concatenate([report["seconds"] for report in group])
+        for key, group in reports.items()
     }
-    ours = seconds.pop("h2tune_jax", None)
-    if ours is None:
+    ours = [values for (program, _), values in seconds.items() if program == OURS]
+    bare = [values for (program, _), values in seconds.items() if program != OURS]
+    if not ours or not bare:
         return {}
-    ratios = ours / min(seconds.values(), key=np.median)
+    ratios = min(ours, key=np.median) / min(bare, key=np.median)
     draws = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
     low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
     values = {"ratio": np.median(ratios), "ratio_low": low, "ratio_high": high}
-    return {"h2tune_jax": {name: float(value) for name, value in values.items()}}
+    return {name: float(value) for name, value in values.items()}
 
 
 def same_work(result: list[dict]) -> bool:

@@ -5,6 +5,7 @@ python experiments/throughput/pages.py        # needs matplotlib (the extra `plo
 
 from pathlib import Path
 
+import compare
 import targets
 
 from h2tune_jax.bench import plot, table
@@ -70,6 +71,10 @@ def peers_section(found: list[dict]) -> list[str]:
                 f"{row['ratio']:.3f}",
                 f"{row['ratio_low']:.3f}-{row['ratio_high']:.3f}",
                 str(row["rounds"]),
+                ", ".join(
+                    f"{ratio:.3f} on {threads}"
+                    for threads, ratio in ratios_of_medians(found, row["stage"]).items()
+                ),
             ]
             for row in pairs
         ]
@@ -78,10 +83,23 @@ def peers_section(found: list[dict]) -> list[str]:
             "median ratio",
             "95 % interval",
             "pairs",
+            "medians of both on as many threads",
         )
         parts += ["### The engine's own cost, rounds in turn in one process"]
         parts += [table.markdown(heads, lines)]
     return parts
+
+
+def ratios_of_medians(found: list[dict], stage: str) -> dict[int, float]:
+    """Our median time over the better bare loop's, by the number of threads."""
+    own = [row for row in found if row["stage"] == stage]
+    ratios = {}
+    for threads in sorted({row["threads"] for row in own}):
+        seconds = {row["program"]: row["seconds"] for row in own if row["threads"] == threads}
+        ours = seconds.pop(compare.OURS, None)
+        if ours is not None and seconds:
+            ratios[threads] = ours / min(seconds.values())
+    return ratios
 
 
 def flat_section(found: list[dict]) -> list[str]:

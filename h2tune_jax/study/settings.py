@@ -158,6 +158,7 @@ def _main() -> list[Setting]:
             name="h2tune/transformer",
             problem="transformer",
             options=FROZEN,
+            constants=(0.3, 1.0, 3.0),
             horizons=HORIZONS[:6],
             seeds=8,
             about="two-layer transformer on TREC, A and B frozen; cut to T <= 512, 8 seeds",

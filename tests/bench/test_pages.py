@@ -80,6 +80,20 @@ def test_targets_compare_each_programs_better_number_of_threads(scripts):
     assert ">= 2.5 | 2.14 | missed |" in page
 
 
+def test_the_pairs_ratio_is_that_of_either_sides_better_number_of_threads(scripts):
+    reports = {
+        ("h2tune_jax", 1): [{"seconds": [1.0, 2.0]}, {"seconds": [3.0]}],
+        ("bare JAX, scan", 1): [{"seconds": [2.0, 2.0]}, {"seconds": [2.5]}],
+        ("h2tune_jax", 2): [{"seconds": [0.5, 1.0]}, {"seconds": [1.5]}],
+        ("bare JAX, scan", 2): [{"seconds": [1.0, 1.0]}, {"seconds": [1.0]}],
+        ("bare JAX, vmap", 2): [{"seconds": [9.0, 9.0]}, {"seconds": [9.0]}],
+    }
+    # Two threads are better for both: ratios 0.5, 1.0, 1.5, whatever ran last.
+    for order in (reports, dict(reversed(reports.items()))):
+        assert scripts["compare"].paired_ratios(order)["ratio"] == 1.0
+    assert scripts["compare"].paired_ratios({("h2tune_jax", 1): [{"seconds": [1.0]}]}) == {}
+
+
 def test_the_newest_row_counts(scripts):
     write_peers(scripts, ("mlp20", "h2tune_jax", 2, 1500.0, None), ("mlp20", "pfl", 1, 700.0, None))
     write_peers(scripts, ("mlp20", "pfl", 1, 500.0, None))
