@@ -73,8 +73,8 @@ class ModelSpec:
     Attributes:
       num_layers: Li, the number of blocks.
       sites: for each kind the (D, F) of its frozen weight; any mapping or pairs, kept as pairs.
-      layer_outputs_fn: (base, probe) -> [Li, n, d], one row a probe text; only the `cka` relation
-        asks for it, and `ce_lora`, which gives it a client's examples.
+      layer_outputs_fn: (base, probe) -> [Li, n, d], one row a probe text; only H2Tune's `cka` relation
+        and its `similarity="data"` ask for it, and `ce_lora`; the last two give it a client's examples.
       site_activations_fn: (base, probe) -> {kind: (inputs [Li, n, D], outputs [Li, n, F])}, one row
         a probe text; only the `anchored` basis and `co_lora` ask for it.
       site_weights_fn: base -> {kind: [Li, D, F]}, the frozen weights as used in x @ W; only the

@@ -89,6 +89,29 @@ def test_the_bench_of_methods_has_every_kind_of_setting(tmp_path, monkeypatch):
     }
 
 
+def test_a_grid_goes_on_while_the_best_rate_is_at_its_end(monkeypatch):
+    bench, _ = load_bench_of_methods(monkeypatch)
+    found = {3e-4: 0.5, 1e-3: 0.6}
+    line = {"row": "local", "split": "validation", "refused": 0}
+    lines = lambda: [{**line, "rate": rate, "accuracy": value} for rate, value in found.items()]
+    rates = (3e-4, 1e-3, 3e-3)
+    assert bench.grid_of(lines(), "local", rates) == rates
+    with pytest.raises(bench.RateUnknown, match=r"at rate 0\.003"):
+        bench.chosen_rate(lines(), "local", rates)
+    found[3e-3] = 0.7
+    with pytest.raises(bench.RateUnknown, match=r"at rate 0\.01"):
+        bench.chosen_rate(lines(), "local", rates)
+    assert bench.grid_of(lines(), "local", rates) == (*rates, 1e-2)
+    found[1e-2] = 0.65
+    found[1e-4] = 0.9  # beside the grid: nobody asked for it
+    assert bench.grid_of(lines(), "local", rates) == (*rates, 1e-2)
+    assert bench.chosen_rate(lines(), "local", rates) == 3e-3
+    found[3e-4] = 0.8
+    assert bench.chosen_rate(lines(), "local", rates) == 1e-4
+    found[1e-2] = 1.0  # of no grid any more
+    assert bench.chosen_rate(lines(), "local", rates) == 1e-4
+
+
 def test_the_form_of_the_bench_is_the_preset(monkeypatch):
     bench, _ = load_bench_of_methods(monkeypatch)
     form = {k: None if v == "none" else v for k, v in bench.plan.COMMON_BASIS.items()}
@@ -106,8 +129,9 @@ def test_the_bench_of_methods_runs_what_is_missing(tmp_path, monkeypatch):
     path = tmp_path / "smoke.csv"
     lines = bench.read(path)
     rates = bench.plan.ROWS["h2tune"].rates
-    # Two rows: every rate with one seed on validation, then two seeds on test; two clients.
-    assert len(lines) == 2 * (len(rates) + 2) * 2
+    # Two rows: every rate with one seed on validation (a grid may go on), then two seeds on test.
+    grids = [bench.grid_of(lines, row, rates) for row in ("local", "h2tune")]
+    assert len(lines) == sum(len(grid) + 2 for grid in grids) * 2  # clients
     best = bench.chosen_rate(lines, "h2tune", rates)
     tested = [line for line in lines if line["split"] == "test"]
     assert {line["rate"] for line in tested if line["row"] == "h2tune"} == {best}

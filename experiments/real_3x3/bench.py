@@ -24,10 +24,12 @@ from plan_types import Row, Setting, own_rows
 from record import (
     OtherPlan,
     RateUnknown,
+    Run,
     append,
     check_plan,
     chosen_rate,
     done,
+    grid_of,
     path_of,
     planned,
     progress,
@@ -37,7 +39,7 @@ from record import (
 from h2tune_jax.run.federation import Federation
 from h2tune_jax.run.numbers import duration
 
-__all__ = ["bench", "chosen_rate", "main", "plan", "read"]
+__all__ = ["bench", "chosen_rate", "grid_of", "main", "plan", "read"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -65,9 +67,8 @@ def bench(setting: Setting, chosen: Mapping[str, Row], out: Path) -> None:
     for name, row in chosen.items():
         programs = None
         for split in ("validation", "test"):
-            for run in planned(setting, name, row, split, out):
-                if run in done(read(path)):
-                    continue
+            while missing := missing_of(setting, name, row, split, out):
+                run = missing[0]
                 here = federation(row, run.seed)
                 programs = programs or programs_of(setting, row, here.specs)
                 found = lines_of(setting, programs, here, run)
@@ -85,6 +86,12 @@ def bench(setting: Setting, chosen: Mapping[str, Row], out: Path) -> None:
             del programs
             jax.clear_caches()
             gc.collect()
+
+
+def missing_of(setting: Setting, name: str, row: Row, split: str, out: Path) -> list[Run]:
+    """Return what is planned and not done."""
+    there = done(read(path_of(setting.name, out)))
+    return [run for run in planned(setting, name, row, split, out) if run not in there]
 
 
 def describe(setting: Setting, chosen: Mapping[str, Row], out: Path) -> str:

@@ -4,8 +4,10 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3)
 """The grid of learning rates, of all that is adapted but the heads."""
+LADDER = (1e-4, *RATES, 1e-2)
+"""Where a row's best rate is at the end of its grid, the grid goes on along this."""
 
 
 class Row(NamedTuple):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from plan_types import Row, Setting, fingerprint, own_rows
+from plan_types import LADDER, Row, Setting, fingerprint, own_rows
 
 from h2tune_jax.bench import rows as csv_rows
 
@@ -124,29 +124,52 @@ def chosen_rate(lines: Iterable[Line], row: str, rates: Sequence[float]) -> floa
     """Apply the rule: the best mean accuracy on validation rows; a tie goes to the lower rate.
 
     A rate at which clients were refused, as what they trained was not finite, is out, unless none is
-    without.
+    without. Raises `RateUnknown` until the grid is through, with what it has grown by.
     """
-    found = {rate: [] for rate in sorted(rates)}
-    refused = dict.fromkeys(found, 0)
-    for line in lines:
-        if (line["row"], line["split"]) == (row, "validation") and line["rate"] in found:
-            found[line["rate"]].append(line["accuracy"])
-            refused[line["rate"]] += line["refused"]
-    missing = [f"{rate:g}" for rate, values in found.items() if not values]
-    if missing:
+    lines = list(lines)
+    grid = grid_of(lines, row, rates)
+    if missing := [f"{rate:g}" for rate in grid if not _validated(lines, row, rate)]:
         raise RateUnknown(f"row {row!r} has no validation lines at rate {', '.join(missing)}")
-    least = min(refused.values())
-    means = {rate: float(np.mean(found[rate])) for rate in found if refused[rate] == least}
-    return max(means, key=lambda rate: means[rate])
+    return _best(lines, row, grid)
+
+
+def grid_of(lines: Iterable[Line], row: str, rates: Sequence[float]) -> tuple[float, ...]:
+    """Return a row's grid: its rates, and further ones as long as the best is at an end of them."""
+    lines, grid = list(lines), sorted(rates)
+    while all(_validated(lines, row, rate) for rate in grid):
+        best = _best(lines, row, grid)
+        lower = [rate for rate in LADDER if rate < grid[0]]
+        higher = [rate for rate in LADDER if rate > grid[-1]]
+        if best == grid[0] and lower:
+            grid = [max(lower), *grid]
+        elif best == grid[-1] and higher:
+            grid = [*grid, min(higher)]
+        else:
+            break
+    return tuple(grid)
+
+
+def _validated(lines: Sequence[Line], row: str, rate: float) -> list[Line]:
+    wanted = row, rate, "validation"
+    return [line for line in lines if (line["row"], line["rate"], line["split"]) == wanted]
+
+
+def _best(lines: Sequence[Line], row: str, grid: Sequence[float]) -> float:
+    found = {rate: _validated(lines, row, rate) for rate in grid}
+    refused = {rate: sum(line["refused"] for line in own) for rate, own in found.items()}
+    kept = [rate for rate in grid if refused[rate] == min(refused.values())]
+    return max(kept, key=lambda rate: float(np.mean([x["accuracy"] for x in found[rate]])))
 
 
 def planned(setting: Setting, name: str, row: Row, split: str, folder: Path) -> list[Run]:
-    """Return a row's runs on one split; those on test rows when their rate can be told.
+    """Return a row's runs on one split, as far as can be told: a grid may still grow.
 
-    Raises `RateUnknown`.
+    Raises `RateUnknown` for those on test rows where their rate cannot be told.
     """
     if split == "validation":
-        grid = row.rates if has_grid(setting, row) else ()
+        if not has_grid(setting, row):
+            return []
+        grid = grid_of(read(path_of(setting.name, folder)), name, row.rates)
         return [Run(name, rate, seed, split) for rate in grid for seed in setting.grid_seeds]
     return [Run(name, rate_of(setting, name, row, folder), seed, split) for seed in setting.seeds]
 
@@ -164,10 +187,10 @@ def rate_of(setting: Setting, name: str, row: Row, folder: Path) -> float:
         ) from None
 
 
-def num_runs(setting: Setting, row: Row) -> int:
-    """Count a row's runs, those of the grid included."""
-    grid = len(row.rates) * len(setting.grid_seeds) if has_grid(setting, row) else 0
-    return grid + len(setting.seeds)
+def num_runs(setting: Setting, name: str, row: Row, lines: Iterable[Line]) -> int:
+    """Count a row's runs, those of the grid as far as it has grown included."""
+    grid = grid_of(lines, name, row.rates) if has_grid(setting, row) else ()
+    return len(grid) * len(setting.grid_seeds) + len(setting.seeds)
 
 
 def has_grid(setting: Setting, row: Row) -> bool:
@@ -186,16 +209,18 @@ class Progress(NamedTuple):
 
 def progress(setting: Setting, chosen: Mapping[str, Row], lines: Iterable[Line]) -> Progress:
     """Tell how far a setting's rows are, from its lines."""
+    lines = list(lines)
     seconds = {
         run_of(line): line["seconds"] for line in lines if line["row"] in chosen and is_run(line)
     }
     count = lambda name, split: sum((run.row, run.split) == (name, split) for run in seconds)
     finished = sum(
-        # Of a grid that has grown since, some may be tests with a rate that is not the best any more.
-        count(name, "validation") + min(count(name, "test"), len(setting.seeds))
-        for name in chosen
+        # Some may be of another grid: tests with a rate that is not the best any more, or validations.
+        min(count(name, "validation"), num_runs(setting, name, row, lines) - len(setting.seeds))
+        + min(count(name, "test"), len(setting.seeds))
+        for name, row in chosen.items()
     )
-    total = sum(num_runs(setting, row) for row in chosen.values())
+    total = sum(num_runs(setting, name, row, lines) for name, row in chosen.items())
     spent = sum(seconds.values())
     left = (total - finished) * spent / len(seconds) if seconds else None
     return Progress(finished, total, spent, left)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import plan
-from plan_types import Setting, own_rows
+from plan_types import LADDER, Setting, own_rows
 from record import costs_of, measured, path_of, progress, read
 from report_pictures import draw, draw_curve
 from report_rows import METRIC, MOMENTS, Found, found_of
@@ -71,8 +71,8 @@ def ranked(setting: Setting, found: Sequence[Found]) -> list[Found]:
 
 
 def rate_text(setting: Setting, row: Found) -> str:
-    """Write the rate that was chosen, with a mark where it is the least or the largest of the grid."""
-    rates = setting.rows[row.name].rates
+    """Write the rate that was chosen, with a mark where it is the least or the largest that there is."""
+    rates = (*setting.rows[row.name].rates, *LADDER)
     return f"{row.rate:g}" + ("\\*" if row.rate in (min(rates), max(rates)) else "")
 
 
@@ -140,7 +140,7 @@ def notes(setting: Setting, found: Sequence[Found]) -> str:
     counts = sorted({len(row.scores) for row in found})
     text = f"Seeds a row: {', '.join(map(str, counts))}."
     if any(rate_text(setting, row).endswith("*") for row in found):
-        text += " \\* the least or the largest rate of the grid."
+        text += " \\* the least or the largest rate that is tried."
     names = {row.name for row in found}
     missing = [name for name in setting.rows if name not in names]
     return text + (f" Not run yet: {', '.join(missing)}." if missing else "")
