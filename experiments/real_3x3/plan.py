@@ -29,8 +29,8 @@ THE RULE, fixed before any test number is looked at.
 AMENDED after the first rows of `both` and `models` had been tested, for the sake of the baselines; the
 form `h2tune_common` stayed as it was. Grids go on beyond their ends (tests at a rate that is no longer the
 best stay in the file, and out of the report); `hetlora` does not prune (of ranks like these its pruning
-takes an eighth at once); `co_lora`'s factors are fitted on 1,024 public texts, not 64; server momentum takes
-steps of 1 in all, not of 10; the curve over ranks keeps alpha / rank; `fedra` is a row of `shards`;
+takes an eighth at once); `co_lora`'s factors are fitted on 1,024 public texts, not 64; server momentum
+takes steps of 1 in all, not of 10; the curve over ranks keeps alpha / rank; `fedra` is a row of `shards`;
 `local_wide` was added, as the form of H2Tune trains more numbers than `local` does.
 
 `plan_groups.py` has the clients, `plan_rows.py` the rows.
