@@ -1,4 +1,4 @@
-"""What every method promises to the engine. A new method joins by one line in METHODS."""
+"""What every method promises to the engine. A new method joins by an entry in METHODS and in ROWS."""
 
 import functools
 import gc

@@ -1,5 +1,6 @@
 """The documented examples run and do what they say."""
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -31,9 +32,20 @@ def test_a_strangers_model_federates(capsys):
     assert "numbers sent up a client {'narrow': 96, 'wide': 640}" in capsys.readouterr().out
 
 
+def code_of(page):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    return code
+
+
+def test_the_readme_shows_a_federation_that_learns(capsys):
+    exec(compile(code_of("README.md"), "README.md", "exec"), {})
+    first, *_, last = map(ast.literal_eval, capsys.readouterr().out.splitlines())
+    assert first.keys() == last.keys() == {"small", "large"}
+    assert all(last[name] < first[name] for name in first)
+
+
 def test_the_methods_page_shows_a_method_that_runs():
-    page = (ROOT / "docs/methods.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code = code_of("docs/methods.md")
     assert len(code.splitlines()) < 65
     names = {}
     exec(compile(code, "docs/methods.md", "exec"), names)
