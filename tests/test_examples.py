@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -132,6 +133,20 @@ def test_the_form_of_the_bench_is_the_preset(monkeypatch):
     built = bench.method_of(bench.plan.ROWS["h2tune_common"]).hyper
     assert starts["head_rate"] == h2.COMMON.head_rate
     assert built == h2.COMMON.hyper()
+
+
+def test_the_bench_measures_rows_in_parts(tmp_path, monkeypatch):
+    bench, _ = load_bench_of_methods(monkeypatch)
+    setting, row = bench.plan.smoke(tmp_path)["smoke"], bench.plan.ROWS["local"]
+    one_run = sys.modules["one_run"]
+    federation = one_run.federation_of(setting, row, 0, None)
+    programs = one_run.programs_of(setting, row, federation.specs)
+    key = jax.random.key(0)
+    state = h2.init_round(programs.method, programs.specs, federation.bases, None, key)
+    args = programs, federation, state, federation.test, one_run.usual(programs), "trained"
+    whole = one_run.measure(*args)
+    monkeypatch.setattr(one_run, "TEST_ROWS", 3)
+    toy.assert_trees_close(one_run.measure(*args), whole)
 
 
 def test_the_bench_of_methods_runs_what_is_missing(tmp_path, monkeypatch):

@@ -18,9 +18,7 @@ from h2tune_jax.run.config import make_config
 from h2tune_jax.run.federation import Federation, build_federation
 from h2tune_jax.run.settings import MethodConfig
 
-TEST_BATCH = 50
-
-
+TEST_BATCH, TEST_ROWS = 50, 100  # at once, and in one call: a program serves validation and test
 FEW_ROWS = 200  # of the test, for the moments that stand beside the one that counts
 
 
@@ -189,7 +187,19 @@ def measure(
     cut = lambda tree, chosen: jax.tree.map(lambda leaf: leaf[chosen], tree)
     some = state._replace(clients=tuple(map(cut, state.clients, ids)))
     own = tuple(map(cut, rows, ids))
-    return jax.device_get(programs.evaluate[moment](some, federation.bases, own, ids))
+    totals = {spec.name: {} for spec in programs.specs}
+    for first in range(0, max(int(data.num_examples.max()) for data in own), TEST_ROWS):
+        part = tuple(some_rows(data, first, TEST_ROWS) for data in own)
+        found = jax.device_get(programs.evaluate[moment](some, federation.bases, part, ids))
+        for spec, data in zip(programs.specs, part):
+            for name, means in found[spec.name].items():
+                totals[spec.name].setdefault(name, []).append(means * np.asarray(data.num_examples))
+    return {
+        spec.name: {
+            n: sum(parts) / np.asarray(data.num_examples) for n, parts in totals[spec.name].items()
+        }
+        for spec, data in zip(programs.specs, own)
+    }
 
 
 def lines_of(
@@ -204,7 +214,7 @@ def lines_of(
     state, travelled, refused = train(programs, federation, setting.rounds, run.rate, run.seed)
     rows = federation.test if run.split == "test" else federation.validation
     ids = usual(programs)
-    few = tuple(first_rows(one, FEW_ROWS) for one in rows)
+    few = tuple(some_rows(one, 0, FEW_ROWS) for one in rows)
     found = {run.split: measure(programs, federation, state, rows, ids, setting.moment)}
     if run.split == "test" and setting.newcomers:
         found["downloaded"] = measure(programs, federation, state, few, ids, "downloaded")
@@ -236,7 +246,7 @@ def lines_of(
     ]  # fmt: skip
 
 
-def first_rows(data: h2.ClientData, count: int) -> h2.ClientData:
-    """Keep every client's first rows."""
-    examples = jax.tree.map(lambda leaf: leaf[:, :count], data.examples)
-    return h2.ClientData(examples, jnp.minimum(data.num_examples, count))
+def some_rows(data: h2.ClientData, first: int, count: int) -> h2.ClientData:
+    """Keep so many of every client's rows, from one on."""
+    examples = jax.tree.map(lambda leaf: leaf[:, first : first + count], data.examples)
+    return h2.ClientData(examples, jnp.clip(data.num_examples - first, 0, count))

@@ -93,6 +93,7 @@ def _clients(
         "name": name,
         "count": 2,
         "rank": rank,
+        "alpha": 8.0 * rank,
         "targets": ["q", "up"],
         "model": {
             "source": "random",
