@@ -31,7 +31,8 @@ form `h2tune_common` stayed as it was. Grids go on beyond their ends (tests at a
 best stay in the file, and out of the report); `hetlora` does not prune (of ranks like these its pruning
 takes an eighth at once); `co_lora`'s factors are fitted on 1,024 public texts, not 64; server momentum
 takes steps of 1 in all, not of 10; the curve over ranks keeps alpha / rank; `fedra` is a row of `shards`;
-`local_wide` was added, as the form of H2Tune trains more numbers than `local` does.
+`local_wide` was added, as the form of H2Tune trains more numbers than `local` does; so was `crowd`, as
+sharing added more in `models`, where five others have a client's task, than in `both`, where two have.
 
 `plan_groups.py` has the clients, `plan_rows.py` the rows.
 """
@@ -149,6 +150,15 @@ SETTINGS = {
             groups=tuple(clients(model, "trec", 2 + NEWCOMERS) for model in MINILMS),
             rows=OTHER_ROWS,
             newcomers=NEWCOMERS,
+        ),
+        BOTH._replace(
+            name="crowd",
+            title="Three tasks on three models, twice",
+            about="The federation of `both` with two clients of every model and task: five others have a "
+            "client's task, not two.",
+            groups=every_pair(count=2),
+            rows=_some(FLOOR, "fedit", "ce_lora", BEST, BEST + ALONE),
+            seeds=FEW_SEEDS,
         ),
         BOTH._replace(
             name="ablation",
