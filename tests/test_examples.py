@@ -1,6 +1,7 @@
 """The documented examples run and do what they say."""
 
 import ast
+import csv
 import importlib.util
 import re
 import sys
@@ -123,6 +124,29 @@ def test_a_grid_goes_on_while_the_best_rate_is_at_its_end(monkeypatch):
     assert bench.chosen_rate(lines(), "local", rates) == 1e-4
     found[1e-2] = 1.0  # of no grid any more
     assert bench.chosen_rate(lines(), "local", rates) == 1e-4
+
+
+@pytest.mark.slow
+def test_what_a_row_trains_is_counted(tmp_path, monkeypatch):
+    bench, _ = load_bench_of_methods(monkeypatch)
+    costs = load(ROOT / "experiments/real_3x3/costs.py")
+    # A ledger beside the base, which flora has, is not trained by clients.
+    smoke = bench.plan.smoke(tmp_path)
+    rows = smoke["smoke"].rows | {"flora": bench.plan.ROWS["flora"]}
+    monkeypatch.setattr(
+        bench.plan, "smoke", lambda out: smoke | {"smoke": smoke["smoke"]._replace(rows=rows)}
+    )
+    for _ in range(2):  # what is there is not done again
+        costs.main(["smoke", "--smoke", "--out", str(tmp_path)])
+    lines = list(csv.DictReader((tmp_path / "costs.csv").read_text().splitlines()))
+    trained = {line["row"]: float(line["trained"]) for line in lines}
+    assert len(lines) == len(trained) == 4
+    # Two layers of r (D + F) on q and up, and a head on the width for two labels.
+    plain = 2 * 2 * ((8 + 8) + (8 + 12)) + 8 * 2 + 2
+    assert trained["local"] == trained["fedit"] == trained["flora"] == plain
+    # The core of 2 x 2 entries a site, too.
+    assert trained["h2tune"] == plain + 2 * 2 * 4
+    assert all(int(line["planned_bytes"]) > 0 for line in lines)
 
 
 def test_the_form_of_the_bench_is_the_preset(monkeypatch):

@@ -86,12 +86,16 @@ def cost_of(setting: Setting, name: str, federation: Federation) -> dict[str, An
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("settings", nargs="+", choices=list(plan.SETTINGS), metavar="setting")
+    parser.add_argument("settings", nargs="+", metavar="setting")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--smoke", action="store_true", help="tiny random models")
     args = parser.parse_args(argv)
-    for setting in (plan.SETTINGS[name] for name in args.settings):
+    settings = plan.smoke(args.out) if args.smoke else plan.SETTINGS
+    if unknown := set(args.settings) - settings.keys():
+        parser.error(f"no setting is called {min(unknown)!r}; there are {', '.join(settings)}")
+    for setting in (settings[name] for name in args.settings):
         bases = None
-        for name, row in own_rows(setting, plan.SETTINGS).items():
+        for name, row in own_rows(setting, settings).items():
             if name in costs_of(setting, args.out):
                 continue
             federation = federation_of(setting, row, setting.grid_seeds[0], bases)
