@@ -200,6 +200,18 @@ def test_the_bench_of_methods_runs_what_is_missing(tmp_path, monkeypatch):
     stale = [{**x, "rate": other} for x in tested if x["row"] == "h2tune"]
     bench.append(path, stale)
     assert report.measured(setting, settings, tmp_path) == lines
+    rows = {name: setting.rows[name] for name in ("local", "h2tune")}
+    assert bench.progress(setting, rows, tmp_path)[:2] == (len(lines) // 2, len(lines) // 2)
+    # Where only tests with another rate are left, those with the best are to be done.
+    whole = path.read_text()
+    gone = [x for x in [*lines, *stale] if x not in tested]
+    path.unlink()
+    bench.append(path, gone)
+    far = bench.progress(setting, rows, tmp_path)
+    assert far.total - far.finished == 4
+    bench.main(command)
+    assert bench.progress(setting, rows, tmp_path)[:2] == (len(lines) // 2, len(lines) // 2)
+    path.write_text(whole)
     found = report.found_of(setting, lines)
     text = "\n".join(report.table(setting, found))
     assert [row.name for row in found] == ["local", "h2tune"]

@@ -58,7 +58,7 @@ def bench(setting: Setting, chosen: Mapping[str, Row], out: Path) -> None:
 
     check_plan(setting, chosen, read(path))
     print(describe(setting, chosen, out), flush=True)
-    far = progress(setting, chosen, read(path))
+    far = progress(setting, chosen, out)
     if far.finished == far.total:
         return
     # A row that is refused is to be known now, not hours later.
@@ -74,7 +74,7 @@ def bench(setting: Setting, chosen: Mapping[str, Row], out: Path) -> None:
                 found = lines_of(setting, programs, here, run)
                 append(path, found)
                 accuracy = np.mean([x["accuracy"] for x in found if x["split"] == run.split])
-                far = progress(setting, chosen, read(path))
+                far = progress(setting, chosen, out)
                 print(
                     f"[{far.finished}/{far.total}, {duration(far.left)} left] {setting.name} {name} "
                     f"rate {run.rate:g} seed {run.seed} {split}: {100 * accuracy:.1f} in "
@@ -98,7 +98,7 @@ def describe(setting: Setting, chosen: Mapping[str, Row], out: Path) -> str:
     """Say how far some rows of a setting are."""
     if not chosen:
         return f"{setting.name}: nothing of its own to run"
-    far = progress(setting, chosen, read(path_of(setting.name, out)))
+    far = progress(setting, chosen, out)
     left = "" if far.left is None else f", about {duration(far.left)} left"
     return (
         f"{setting.name}: {len(chosen)} rows, {far.finished} of {far.total} runs in "

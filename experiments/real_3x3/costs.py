@@ -3,9 +3,11 @@
     python experiments/real_3x3/costs.py both      # appends to results/costs.csv what is missing there
 
 A client's trained numbers are counted, not declared: the entries of its adapters (head included) that
-differ between right after a download and after the training that follows. Memory is the compiled round's
-own plan: arguments (frozen weights, data, all clients, the server), temporaries and results, less what is
-reused.
+differ between right after a download and after the training that follows. (H2Tune's relations and scores,
+and entries of G that its core did not take, are in no adapter and not counted.)
+
+Memory is the compiled round's own plan: arguments (frozen weights, data, all clients, the server),
+temporaries and results, less what is reused.
 """
 
 import argparse

@@ -187,12 +187,6 @@ def rate_of(setting: Setting, name: str, row: Row, folder: Path) -> float:
         ) from None
 
 
-def num_runs(setting: Setting, name: str, row: Row, lines: Iterable[Line]) -> int:
-    """Count a row's runs, those of the grid as far as it has grown included."""
-    grid = grid_of(lines, name, row.rates) if has_grid(setting, row) else ()
-    return len(grid) * len(setting.grid_seeds) + len(setting.seeds)
-
-
 def has_grid(setting: Setting, row: Row) -> bool:
     """Say whether a row's rate is chosen here."""
     return setting.rates_from is None and row.rate_of is None
@@ -207,20 +201,24 @@ class Progress(NamedTuple):
     left: float | None  # seconds, if the other runs take as long as these did; None: nobody knows
 
 
-def progress(setting: Setting, chosen: Mapping[str, Row], lines: Iterable[Line]) -> Progress:
-    """Tell how far a setting's rows are, from its lines."""
-    lines = list(lines)
+def progress(setting: Setting, chosen: Mapping[str, Row], folder: Path) -> Progress:
+    """Tell how far a setting's rows are: what is planned now, and of that what is done.
+
+    A file may hold more: tests with a rate that is not the best any more, validations of another grid.
+    """
+    lines = read(path_of(setting.name, folder))
     seconds = {
         run_of(line): line["seconds"] for line in lines if line["row"] in chosen and is_run(line)
     }
-    count = lambda name, split: sum((run.row, run.split) == (name, split) for run in seconds)
-    finished = sum(
-        # Some may be of another grid: tests with a rate that is not the best any more, or validations.
-        min(count(name, "validation"), num_runs(setting, name, row, lines) - len(setting.seeds))
-        + min(count(name, "test"), len(setting.seeds))
-        for name, row in chosen.items()
-    )
-    total = sum(num_runs(setting, name, row, lines) for name, row in chosen.items())
+    finished = total = 0
+    for name, row in chosen.items():
+        runs = planned(setting, name, row, "validation", folder)
+        try:
+            runs += planned(setting, name, row, "test", folder)
+        except RateUnknown:
+            total += len(setting.seeds)
+        total += len(runs)
+        finished += sum(run in seconds for run in runs)
     spent = sum(seconds.values())
     left = (total - finished) * spent / len(seconds) if seconds else None
     return Progress(finished, total, spent, left)

@@ -173,7 +173,7 @@ def cost_table(settings: Mapping[str, Setting], folder: Path) -> list[str]:
         if not own:
             continue
         lines = read(path_of(name, folder))
-        far = progress(setting, own, lines)
+        far = progress(setting, own, folder)
         machines |= {f"{x['device']}, {x['cores']} cores, JAX {x['jax']}" for x in lines}
         total += far.seconds
         body.append([f"`{name}`", f"{far.finished} of {far.total}", duration(far.seconds)])
