@@ -33,7 +33,7 @@ AMENDED after the first rows of `both` and `models` had been tested, for the sak
 - `hetlora` does not prune: of ranks like these its pruning takes an eighth at once.
 - `co_lora`'s factors are fitted on 1,024 public texts, not 64.
 - Server momentum takes steps of 1 in all, not of 10; the curve over ranks keeps alpha / rank.
-- `fedra` is a row of `shards`. `local_wide` was added, as the form of H2Tune trains more numbers than `local`.
+- `fedra` is a row of `shards`. `local_wide` was added, as the form of H2Tune trains more than `local` does.
 - `crowd` was added, as sharing gave more in `models`, where five others have a client's task, than in
   `both`, where two have.
 
