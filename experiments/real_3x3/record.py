@@ -1,5 +1,6 @@
 """What was run and what is still to run: the lines of results/<setting>.csv, and the plan's rule."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,8 +46,16 @@ def path_of(name: str, folder: Path) -> Path:
     return folder / f"{name}.csv"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Read a results file: all lines of finished runs."""
+def read(path: Path) -> Sequence[Line]:
+    """Read a results file: all lines of finished runs. A file that has not changed is read once."""
+    if not path.is_file():
+        return ()
+    about = path.stat()
+    return _read(path, about.st_mtime_ns, about.st_size)
+
+
+@functools.lru_cache(maxsize=16)
+def _read(path: Path, changed: int, size: int) -> Sequence[Line]:
     return csv_rows.read(path, whole=WHOLE, numbers=NUMBERS)
 
 
@@ -74,9 +83,7 @@ def costs_of(setting: Setting, folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def measured(
-    setting: Setting, settings: Mapping[str, Setting], folder: Path
-) -> list[dict[str, Any]]:
+def measured(setting: Setting, settings: Mapping[str, Setting], folder: Path) -> list[Line]:
     """Read the lines of all rows of a setting, also of those that another setting runs for it.
 
     On test rows only those with the rate that the rule chooses: after a grid has grown that may be another

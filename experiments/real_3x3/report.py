@@ -15,7 +15,7 @@ from report_pictures import draw, draw_curve
 from report_rows import METRIC, MOMENTS, Found, found_of
 
 from h2tune_jax.run.numbers import difference_of, duration, share, size
-from h2tune_jax.run.paired import Interval, paired_interval
+from h2tune_jax.run.paired import Interval
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -108,14 +108,11 @@ def cost_of_rows(setting: Setting, found: Sequence[Found]) -> list[str]:
 
 def sharing(found: Sequence[Found]) -> list[str]:
     """Say what sharing itself adds: a row minus the same row where nothing is shared."""
-    rows = {row.name: row for row in found}
-    said = []
-    for name, row in rows.items():
-        alone = rows.get(f"{name}{plan.ALONE}")
-        common = alone and sorted(row.scores.keys() & alone.scores.keys())
-        if alone and common:
-            gaps = [row.scores[seed] - alone.scores[seed] for seed in common]
-            said.append(f"{interval_text(paired_interval(gaps))} in `{name}`")
+    said = [
+        f"{interval_text(row.over_alone)} in `{row.name}`"
+        for row in found
+        if row.over_alone is not None
+    ]
     return ["", f"What sharing itself adds, paired by seed: {'; '.join(said)}."] if said else []
 
 

@@ -30,8 +30,9 @@ class Found(NamedTuple):
     seconds: float  # a run, median over its seeds
     trained: float | None  # numbers, the mean over clients; None: not measured, as the next
     planned_bytes: float | None  # of a round
-    over_floor: Interval | None  # paired by seed, as is the next
+    over_floor: Interval | None  # paired by seed, as are the next two
     over_rival: Interval | None
+    over_alone: Interval | None  # the same row where nothing is shared
     rival: str | None
 
     @property
@@ -95,8 +96,16 @@ def _found(
         planned_bytes=cost.get("planned_bytes"),
         over_floor=to_floor[name].difference,
         over_rival=to_rival[name].difference if name in to_rival else None,
+        over_alone=_over_alone(name, tested),
         rival=rival,
     )
+
+
+def _over_alone(name: str, tested: Lines) -> Interval | None:
+    alone = f"{name}{plan.ALONE}"
+    pair = [line for line in tested if line["row"] in (name, alone)]
+    both = {line["row"] for line in pair} == {name, alone}
+    return compare(pair, alone)[name].difference if both else None
 
 
 def mean(lines: Lines) -> float:

@@ -180,7 +180,7 @@ def draw_peers(rows: list[dict], file: Path) -> None:
                 best[row["program"]] = row
         order = sorted(best.values(), key=lambda row: row["clients_per_second"])
         names = [f"{row['program']} ({row['threads']})" for row in order]
-        ours = [row["program"].startswith("h2tune") for row in order]
+        ours = [row["program"].startswith(compare.OURS) for row in order]
         bars = axis.barh(
             names,
             [row["clients_per_second"] for row in order],
