@@ -15,10 +15,13 @@ from h2tune_jax.types import Array, CohortSpec, PyTree, fold_name
 Parts = dict[str, Any]  # "a", "b": by kind T[Li, D, r], T[Li, r, F]; "head"; what else there is
 
 
-def start_keys(key: Array) -> tuple[Array, Array]:
-    """Split a client's key: -> (for its factors, for its head)."""
-    factor_key, head_key = jax.random.split(key)
-    return factor_key, head_key
+def start_keys(key: Array, more: int = 0) -> tuple[Array, ...]:
+    """Split a client's key: -> (for its factors, for its head, then so many more).
+
+    The first two do not depend on how many there are (JAX's generator is partitionable), so a method that
+    draws more starts with the same factors and head.
+    """
+    return tuple(jax.random.split(key, 2 + more))
 
 
 def init_head(spec: CohortSpec, key: Array) -> PyTree:

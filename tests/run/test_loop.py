@@ -1,8 +1,6 @@
-"""The loop: what it records, when it tests and stops, and that it goes on as if nothing had been."""
+"""The loop: what it records, and when it tests."""
 
-import errno
 import math
-import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -10,30 +8,18 @@ import numpy as np
 import pytest
 import toy
 import toy_run
-from run_folders import fill, small_disk
+from toy_run import run_with as run
 
 import h2tune_jax as h2
-from h2tune_jax.run import checkpoint, moments, write_checkpoint
-from h2tune_jax.run.events import Finished, Notice, RoundDone, Saved, Started
-from h2tune_jax.run.folder import RunError, RunFolder
-from h2tune_jax.run.loop import has_stalled, last_means
-from h2tune_jax.run.notices import read_notices
+from h2tune_jax.run import checkpoint, moments
+from h2tune_jax.run.events import Finished, RoundDone, Saved, Started
+from h2tune_jax.run.folder import RunFolder
+from h2tune_jax.run.loop import last_means
 from h2tune_jax.run.programs import Programs
 from h2tune_jax.run.records import read_lines
 from h2tune_jax.run.row_store import read_clients
-from h2tune_jax.run.settings import StopConfig
 
-
-@pytest.fixture(scope="module")
-def programs():
-    federation = toy_run.federation()
-    args = federation.specs, federation.bases, federation.probe
-    return Programs(toy_run.method(), *args, toy_run.config())
-
-
-def run(programs, out, config=None, **options):
-    config = toy_run.config() if config is None else config
-    return toy_run.run(out, config, method=programs.method, programs=programs, **options)
+programs = pytest.fixture(toy_run.programs, scope="module")
 
 
 def test_a_run_is_the_rounds_of_the_core(programs):
@@ -257,29 +243,6 @@ def test_participants_may_be_split_over_devices(programs, cpu_devices):
         toy_run.run(None, toy_run.config(2, engine={"devices": 99}))
 
 
-def test_a_run_stops_early_and_stays_stopped(programs, tmp_path):
-    """Nothing gains 0.9 of accuracy: the first test is the best, and two more are waited for."""
-    config = toy_run.config(6, stop={"patience": 2, "min_delta": 0.9})
-    result = run(programs, tmp_path / "run", config)
-    assert (result.reason, len(result.records)) == ("early stop", 3)
-    assert checkpoint.steps(tmp_path / "run")[-1] == 3
-    again = run(programs, tmp_path / "run", config)
-    assert (again.reason, len(again.records)) == ("early stop", 3)
-    toy.assert_trees_equal(again.state, result.state)
-
-
-def test_stalling_counts_tests_without_enough_gain():
-    stop = StopConfig(patience=2, min_delta=0.1)
-    assert not has_stalled([], stop)
-    assert not has_stalled([0.5, 0.55], stop)
-    assert has_stalled([0.5, 0.55, 0.59], stop)
-    assert not has_stalled([0.5, 0.55, 0.61, 0.65], stop)
-    assert has_stalled([0.5, None, None], stop)
-    falling = StopConfig(metric="loss", mode="min", patience=1)
-    assert not has_stalled([2.0, 1.0], falling)
-    assert has_stalled([2.0, 1.0, 1.0], falling)
-
-
 def test_the_best_checkpoint_outlasts_the_last_ones(programs, tmp_path):
     kept = {"keep_last": 1, "keep_best": 1, "metric": "loss", "mode": "max"}
     result = run(programs, tmp_path / "run", toy_run.config(4, checkpoints=kept))
@@ -287,150 +250,6 @@ def test_the_best_checkpoint_outlasts_the_last_ones(programs, tmp_path):
     best = 1 + max(range(4), key=lambda i: losses[i])
     assert best < 4
     assert checkpoint.steps(tmp_path / "run") == [best, 4]
-
-
-def test_a_finished_run_is_finished(programs, tmp_path):
-    first = run(programs, tmp_path / "run")
-    told = []
-    again = run(programs, tmp_path / "run", observers=[told.append])
-    assert [type(event) for event in told] == [Started, Finished]
-    assert again.records == first.records
-    toy.assert_trees_equal(again.state, first.state)
-
-
-@pytest.mark.parametrize("rounds", [0, 1, 2])
-def test_asked_to_stop_it_saves_and_says_how_to_go_on(programs, tmp_path, rounds):
-    config, asked, told = (
-        toy_run.config(checkpoints={"every": 3}),
-        iter([False] * rounds + [True]),
-        [],
-    )
-    result = run(
-        programs,
-        tmp_path / "run",
-        config,
-        stop_request=lambda: next(asked),
-        observers=[told.append],
-    )
-    assert (result.reason, len(result.records)) == ("interrupted", rounds)
-    assert checkpoint.steps(tmp_path / "run") == ([rounds] if rounds else [])
-    (notice,) = [event for event in told if isinstance(event, Notice)]
-    folder = tmp_path / "run"
-    assert notice.text.endswith(
-        f"go on with: h2tune run {folder}/config.toml --out {folder} --resume"
-    )
-    whole, straight = run(programs, tmp_path / "run", config), run(programs, None, config)
-    assert whole.records == straight.records
-    toy.assert_trees_equal(whole.state, straight.state)
-
-
-def test_damage_is_told_and_the_round_before_is_gone_on_from(programs, tmp_path):
-    whole = run(programs, tmp_path / "run")
-    log = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    manifest = tmp_path / "run" / "checkpoints" / "000004" / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes()[:-5])
-    told = []
-    again = run(programs, tmp_path / "run", observers=[told.append])
-    texts = [event.text for event in told if isinstance(event, Notice)]
-    assert "the checkpoint of round 4 does not verify (manifest.json cannot be read" in texts[0]
-    assert texts[1:] == ["goes on from the checkpoint of round 3"]
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log
-    toy.assert_trees_equal(again.state, whole.state)
-    assert [ok for _, ok, _ in checkpoint.verify(tmp_path / "run")] == [True] * 3
-
-
-def tree_of(folder):
-    """Every file of a run and what it holds, but for the lock and the notices."""
-    return {
-        path.relative_to(folder): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("lock", "notices.jsonl")
-    }
-
-
-@pytest.mark.parametrize("kind", ["device", "file"])
-def test_without_any_good_checkpoint_nothing_is_begun_anew_unasked(programs, tmp_path, kind):
-    config, out = toy_run.config(store={"kind": kind}), tmp_path / "run"
-    whole = run(programs, out, config)
-    assert (out / "clients").exists() == (kind == "file")
-    (out / "metrics.jsonl").unlink()
-    before = tree_of(out)
-    with pytest.raises(
-        RunError, match=r"none of them verifies: .*metrics.jsonl is missing"
-    ) as error:
-        run(programs, out, config)
-    assert f"move {out / 'checkpoints'} away and resume" in str(error.value)
-    assert tree_of(out) == before
-    # As it says.
-    (out / "checkpoints").rename(tmp_path / "away")
-    again = run(programs, out, config)
-    assert again.records == whole.records == read_lines(out / "metrics.jsonl")
-    assert len(read_lines(out / "timings.jsonl")) == 4
-    (notice,) = read_notices(RunFolder(out))
-    assert notice["text"] == "has no checkpoint to go on from: begins again with the first round"
-
-
-PASSING = {
-    "file_digest": OSError(errno.EMFILE, "Too many open files"),
-    "restore_arrays": MemoryError(),
-    "read_manifest": RunError("refused"),
-}
-
-
-@pytest.mark.parametrize("place", PASSING)
-def test_what_the_machine_refuses_stops_a_resumed_run_and_costs_nothing(
-    programs, tmp_path, monkeypatch, place
-):
-    """It was taken for damage, of which every checkpoint had some."""
-    out, asked = tmp_path / "run", iter([False] * 2 + [True])
-    config = toy_run.config(store={"kind": "file"})
-    run(programs, out, config, stop_request=lambda: next(asked))
-    before = tree_of(out)
-
-    def refuse(*args, **options):
-        raise PASSING[place]
-
-    monkeypatch.setattr(checkpoint, place, refuse)
-    with pytest.raises(RunError, match=r"Too many open files|out of memory|refused"):
-        run(programs, out, config)
-    monkeypatch.undo()
-    assert tree_of(out) == before
-    assert run(programs, out, config).records == run(programs, None).records
-
-
-def test_what_a_reader_should_know_stands_in_the_folder_and_on_standard_error(
-    programs, tmp_path, capsys
-):
-    """Whoever observes: a run that nobody watches says it as well, and none is cut off on resume."""
-    out = tmp_path / "run"
-    for rounds in (2, 1):
-        asked = iter([False] * rounds + [True])
-        run(programs, out, stop_request=lambda asked=asked: next(asked))
-    (out / "checkpoints" / ".writing-000004").mkdir()
-    manifest = out / "checkpoints" / "000003" / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes()[:-5])
-    run(programs, out)
-    command = f"go on with: h2tune run {out}/config.toml --out {out} --resume"
-    noted = read_notices(RunFolder(out))
-    broken = noted[4]["text"]
-    assert broken.startswith("the checkpoint of round 3 does not verify (manifest.json cannot be")
-    assert broken.endswith("; it was set aside as broken-000003")
-    assert [(line["level"], line["text"]) for line in noted] == [
-        ("info", f"interrupted after 2 rounds; {command}"),
-        ("info", "goes on from the checkpoint of round 2"),
-        ("info", f"interrupted after 3 rounds; {command}"),
-        ("info", "the checkpoint of round 4 was being written when the run ended; it is left out"),
-        ("warning", broken),
-        ("info", "goes on from the checkpoint of round 2"),
-    ]
-    marks = {"info": "", "warning": "warning: "}
-    lines = [f"h2tune: {out}: {marks[line['level']]}{line['text']}" for line in noted]
-    printed = capsys.readouterr().err.splitlines()
-    assert [line for line in printed if line.startswith("h2tune: ")] == lines
-    # A finished run that is opened again is left as it is.
-    before = (out / "notices.jsonl").read_bytes()
-    run(programs, out)
-    assert (out / "notices.jsonl").read_bytes() == before
 
 
 def test_a_schedule_that_names_a_newcomer_is_refused_at_the_start(programs):
@@ -443,72 +262,6 @@ def test_a_schedule_that_names_a_newcomer_is_refused_at_the_start(programs):
     with pytest.raises(h2.FederationError, match="round 1 names wide/3, but only the first 3"):
         run(programs, None, config, federation=federation, observers=[handed.append])
     assert handed == []
-
-
-def test_a_checkpoint_of_another_config_is_refused_and_left_alone(programs, tmp_path):
-    run(programs, tmp_path / "one")
-    run(programs, tmp_path / "two", toy_run.config(5))
-    (tmp_path / "one" / "checkpoints").rename(tmp_path / "kept")
-    (tmp_path / "two" / "checkpoints").rename(tmp_path / "one" / "checkpoints")
-    before = (tmp_path / "one" / "metrics.jsonl").read_bytes()
-    with pytest.raises(
-        RunError, match="a checkpoint of another config; resume the run with its own"
-    ):
-        run(programs, tmp_path / "one")
-    assert checkpoint.steps(tmp_path / "one") == [3, 4, 5]
-    assert (tmp_path / "one" / "metrics.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize("kind", ["device", "file"])
-def test_a_full_disk_stops_the_run_and_costs_nothing(programs, tmp_path, kind):
-    config = toy_run.config(12, store={"kind": kind}, checkpoints={"keep_last": 2, "keep_best": 0})
-    with small_disk(tmp_path / "disk", "1m"):
-        out = tmp_path / "disk" / "run"
-        asked = iter([False] * 3 + [True])
-        run(programs, out, config, stop_request=lambda: next(asked))
-        others = out.parent / "somebody else's"
-        fill(others)
-        with pytest.raises(
-            RunError, match=r"cannot be written to .*: No space left on device; make room"
-        ):
-            run(programs, out, config)
-        assert all(ok for _, ok, _ in checkpoint.verify(out))
-        assert checkpoint.steps(out)[-1] == 3
-        others.unlink()
-        result = run(programs, out, config)
-    assert result.records == run(programs, None, toy_run.config(12)).records
-
-
-def test_a_read_only_disk_can_be_read_and_is_said_to_be_one(programs, tmp_path):
-    with small_disk(tmp_path / "disk", "4m"):
-        out = tmp_path / "disk" / "run"
-        asked = iter([False] * 2 + [True])
-        run(programs, out, stop_request=lambda: next(asked))
-        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
-        for folder in (out, tmp_path / "disk" / "new"):
-            with pytest.raises(
-                RunError, match=r"the run cannot be written to .*: Read-only file system"
-            ):
-                run(programs, folder)
-        assert checkpoint.verify(out) == [(1, True, ""), (2, True, "")]
-
-
-def test_a_folder_that_turns_read_only_stops_the_run(programs, tmp_path, monkeypatch):
-    real = write_checkpoint.save_arrays
-
-    def refuse(path, arrays):
-        if path.parent.name == ".writing-000003":
-            raise OSError(errno.EROFS, "Read-only file system", str(path))
-        real(path, arrays)
-
-    monkeypatch.setattr(write_checkpoint, "save_arrays", refuse)
-    with pytest.raises(
-        RunError, match=r"the checkpoint of round 3 cannot be written .*: Read-only file"
-    ):
-        run(programs, tmp_path / "run")
-    assert checkpoint.verify(tmp_path / "run") == [(1, True, ""), (2, True, "")]
-    monkeypatch.undo()
-    assert run(programs, tmp_path / "run").records == run(programs, None).records
 
 
 def test_means_leave_out_what_was_not_measured():

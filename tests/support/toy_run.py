@@ -9,6 +9,7 @@ from h2tune_jax.run.config import config_digest, config_toml, make_config
 from h2tune_jax.run.federation import Federation, GroupFacts
 from h2tune_jax.run.folder import RunFolder, begin_folder, lock_folder
 from h2tune_jax.run.loop import run_rounds
+from h2tune_jax.run.programs import Programs
 
 GROUPS = [
     {
@@ -66,4 +67,16 @@ def run(out, config, *, method=None, federation=None, programs=None, observers=(
         )
 
 
-toy_method, toy_federation = method, federation
+def programs():
+    """Compile what many runs of the toy have in common."""
+    made = federation()
+    return Programs(method(), made.specs, made.bases, made.probe, config())
+
+
+def run_with(programs, out, config=None, **options):
+    """Run the toy with programs that are there already."""
+    given = toy_config() if config is None else config
+    return run(out, given, method=programs.method, programs=programs, **options)
+
+
+toy_method, toy_federation, toy_config = method, federation, config

@@ -44,8 +44,7 @@ def init_client(
     start = common.start
     slots, num_kinds, size, _ = common.middle.shape
     layers, dtype = spec.model.num_layers, spec.dtype
-    factor_key, _ = start_keys(key)
-    scores_key, index_key, relation_key = jax.random.split(key, 5)[2:]
+    factor_key, _, scores_key, index_key, relation_key = start_keys(key, more=3)
 
     scores = None
     if start.scores is not None:
