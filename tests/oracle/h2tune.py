@@ -7,13 +7,12 @@ to the reader stand where they are used, marked "Reading".
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from oracle import model
+from oracle import cores, model
 
 Arrays = dict[tuple[str, ...], np.ndarray]
 """Parameters by path: ("a", kind), ("b", kind), ("head", name), ("middle",), ("relation",), ..."""
@@ -92,73 +91,6 @@ class Upload(NamedTuple):
     counts: np.ndarray  # bool[L, Ki, R, R]
 
 
-# --- selection, cores, mixing ----------------------------------------------------------------------
-
-
-def largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Return the places of the largest values in index order; of equals the lower index."""
-    return np.sort(np.argsort(-values, kind="stable")[:count])
-
-
-def select(
-    options: Options, rank: int, middle: np.ndarray, scores: np.ndarray | None, born: np.ndarray
-) -> np.ndarray:
-    """Choose r * r places at every site: -> [Li, Ki, r * r]."""
-    if options.selection == "random":
-        return born
-    size = middle.shape[-1]
-    index = np.zeros((*middle.shape[:2], rank * rank), int)
-    for site in np.ndindex(*middle.shape[:2]):
-        if options.selection in ("block", "leading"):
-            block = options.selection == "block"
-            chosen = largest(scores[site], rank) if block else np.arange(rank)
-            index[site] = (chosen[:, None] * size + chosen[None, :]).ravel()
-        elif options.selection == "magnitude":
-            index[site] = largest(np.abs(middle[site]).ravel(), rank * rank)
-        else:
-            assert options.selection in ("score", "score_frozen")
-            index[site] = largest(scores[site].ravel(), rank * rank)
-    return index
-
-
-def gather(middle: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Take the cores: [Li, Ki, R, R] -> [Li, Ki, r, r]."""
-    rank = math.isqrt(index.shape[-1])
-    core = np.zeros((*index.shape[:2], rank, rank))
-    for site in np.ndindex(*index.shape[:2]):
-        core[site] = middle[site].ravel()[index[site]].reshape(rank, rank)
-    return core
-
-
-def scatter(core: np.ndarray, index: np.ndarray, size: int) -> np.ndarray:
-    """Put cores in their places, zeros elsewhere: the transpose of `gather`."""
-    middle = np.zeros((*index.shape[:2], size * size))
-    for site in np.ndindex(*index.shape[:2]):
-        middle[site][index[site]] = core[site].ravel()
-    return middle.reshape(*index.shape[:2], size, size)
-
-
-def selected_entries(index: np.ndarray, size: int) -> np.ndarray:
-    """Say which entries are selected: bool[Li, Ki, R, R]."""
-    rank = math.isqrt(index.shape[-1])
-    return scatter(np.ones((*index.shape[:2], rank, rank)), index, size) > 0
-
-
-def mix(relation: np.ndarray, shared: np.ndarray) -> np.ndarray:
-    """M[l, k] = sum_j P[j, l] G[j, k]."""
-    return np.einsum("jl,jkab->lkab", relation, shared)
-
-
-def unmix(relation: np.ndarray, middle: np.ndarray) -> np.ndarray:
-    """G[j, k] = sum_l P[j, l] M[l, k]."""
-    return np.einsum("jl,lkab->jkab", relation, middle)
-
-
-def reach(support: np.ndarray, entries: np.ndarray) -> np.ndarray:
-    """Say which entries of G speak to selected entries of some layer: bool[L, Ki, R, R]."""
-    return np.einsum("jl,lkab->jkab", support.astype(int), entries.astype(int)) > 0
-
-
 # --- terms of the local objectives -----------------------------------------------------------------
 
 
@@ -200,12 +132,12 @@ def middle_of(options: Options, shared: Arrays) -> np.ndarray:
     """Return M: what the client trains (transpose), or made of its copy of G (gradient)."""
     if options.upload == "transpose":
         return shared["middle",]
-    return mix(shared["relation",], shared["middle",])
+    return cores.mix(shared["relation",], shared["middle",])
 
 
 def straight_through(options: Options, d_core: np.ndarray, core: np.ndarray, index, size):
     """Return the gradient of the scores: dL/dT * M at the selected entries."""
-    entries = scatter(d_core * core, index, size)
+    entries = cores.scatter(d_core * core, index, size)
     if options.selection == "block":
         # Reading: "summed over the row and column of the coordinate" is the sum over its row plus the
         # sum over its column; the diagonal entry stands in both.
@@ -227,7 +159,7 @@ def shared_objective(
     task + lambda_norm * mean of norms + lambda_keep * mean over sites of KL(last || now)
     """
     middle = middle_of(options, shared)
-    core, size = gather(middle, index), middle.shape[-1]
+    core, size = cores.gather(middle, index), middle.shape[-1]
     logits, pullback = run_model(cohort, options, core, own, batch["x"])
     task, d_logits = model.cross_entropy(logits, batch)
     task_grads = pullback(d_logits)
@@ -262,10 +194,10 @@ def shared_objective(
     # Reading: the straight-through rule takes the gradient of the whole objective in T.
     if options.trains_scores:
         d_scores += straight_through(options, d_core, core, index, size)
-    d_middle = scatter(d_core, index, size)
+    d_middle = cores.scatter(d_core, index, size)
     if options.upload == "gradient":
         d_relation = d_relation + np.einsum("jkab,lkab->jl", shared["middle",], d_middle)
-        d_middle = unmix(relation, d_middle)
+        d_middle = cores.unmix(relation, d_middle)
     grads = {("middle",): d_middle, ("relation",): d_relation, ("scores",): d_scores}
     return objective, task, grads, logits, task_grads
 
@@ -289,7 +221,7 @@ def own_objective(
     batch: dict[str, np.ndarray],
 ) -> tuple[float, float, Arrays]:
     """Return (objective, task, gradient): task + lambda_distil * KL(logits of half 1 || now)."""
-    core = gather(middle_of(options, shared), index)
+    core = cores.gather(middle_of(options, shared), index)
     logits, pullback = run_model(cohort, options, core, own, batch["x"])
     task, d_logits = model.cross_entropy(logits, batch)
     counted = model.counted_positions(batch)
@@ -370,8 +302,8 @@ def train(
     gradient = options.upload == "gradient"
     support = client.relation != 0
     size = downloaded.shape[-1]
-    middle = mix(client.relation, downloaded)
-    index = select(options, cohort.rank, middle, client.scores, client.active)
+    middle = cores.mix(client.relation, downloaded)
+    index = cores.select(options.selection, cohort.rank, middle, client.scores, client.active)
 
     shared: Arrays = {
         ("middle",): downloaded if gradient else middle,
@@ -394,20 +326,22 @@ def train(
         if options.select_at == "step":
             # Reading: once a step, before its first half; both halves use the same places.
             now = middle_of(options, shared)
-            index = select(options, cohort.rank, now, shared["scores",], client.active)
-        entries = selected_entries(index, size)
+            index = cores.select(
+                options.selection, cohort.rank, now, shared["scores",], client.active
+            )
+        entries = cores.selected_entries(index, size)
         ever |= entries
 
         # What may move: selected entries; P on its initial support, unless it is fixed; S as a whole
         # (Reading: its norm is over all of S), unless it is frozen or absent.
-        free: Arrays = {("middle",): reach(support, entries) if gradient else entries}
+        free: Arrays = {("middle",): cores.reach(support, entries) if gradient else entries}
         if gradient:
             free["relation",] = support
         if options.trains_scores:
             free["scores",] = np.ones(client.scores.shape, bool)
 
         # A joint step knows neither keep nor distillation. No T_last before a first participation.
-        last = None if joint or not client.trained else gather(client.middle, index)
+        last = None if joint or not client.trained else cores.gather(client.middle, index)
         _, task, shared_grads, logits_1, task_grads = shared_objective(
             cohort, options, shared, own, index, last, batch
         )
@@ -425,7 +359,9 @@ def train(
     if options.select_at == "step":
         # Reading: the client is left with the places that its last parameters choose, as its next
         # forward pass would. Nothing in training depends on it.
-        index = select(options, cohort.rank, middle, shared["scores",], client.active)
+        index = cores.select(
+            options.selection, cohort.rank, middle, shared["scores",], client.active
+        )
     after = Client(
         a=part(own, "a"),
         b=part(own, "b"),
@@ -437,11 +373,11 @@ def train(
         trained=True,
         optimizers=(shared_optimizer, own_optimizer) if kept else None,
     )
-    sent = shared["middle",] if gradient else unmix(client.relation, middle)
+    sent = shared["middle",] if gradient else cores.unmix(client.relation, middle)
     # A slot without support counts nowhere. Reading: "selected" means selected by a layer that the
     # slot speaks to, at any step of the round.
     slots = np.broadcast_to(support.any(axis=1)[:, None, None, None], sent.shape)
-    counts = reach(support, ever) if options.averages_selected else slots
+    counts = cores.reach(support, ever) if options.averages_selected else slots
     return after, Upload(sent, counts), losses
 
 
