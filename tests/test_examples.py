@@ -87,7 +87,6 @@ def load_bench_of_methods(monkeypatch):
 @pytest.mark.slow
 def test_the_bench_of_methods_has_every_kind_of_setting(tmp_path, monkeypatch):
     bench, report = load_bench_of_methods(monkeypatch)
-    bench.main(["--list"])  # builds the method of every row of the plan
     bench.main(["--smoke", "--out", str(tmp_path)])
     page = report.page_of(bench.plan.smoke(tmp_path), tmp_path)
     assert "What it cost" in page
@@ -95,12 +94,23 @@ def test_the_bench_of_methods_has_every_kind_of_setting(tmp_path, monkeypatch):
     assert (tmp_path / "curve-rank.svg").is_file()
     assert {line["row"] for line in bench.read(tmp_path / "rank4.csv")} == {"local", "h2tune"}
     lines = bench.read(tmp_path / "newcomers.csv")
+    # What shares nothing is tested at the rate of what shares, too, which may be its own best one.
+    at = lambda row: {x["rate"] for x in lines if (x["row"], x["split"]) == (row, "test")}
+    assert at("h2tune") <= at("h2tune_alone")
+    assert "What sharing itself adds, paired by seed: " in page
     newcomers = [line for line in lines if line["split"] == "newcomer"]
     assert {line["client"] for line in newcomers} == {"tiny-words/2"}
     assert {line["client"] for line in lines if line not in newcomers} == {
         "tiny-words/0",
         "tiny-words/1",
     }
+
+
+def test_the_method_of_every_row_of_the_plan_can_be_built(monkeypatch, capsys):
+    bench, _ = load_bench_of_methods(monkeypatch)
+    bench.main(["--list"])
+    listed = capsys.readouterr().out
+    assert all(f"\n{name}: " in f"\n{listed}" for name in bench.plan.SETTINGS)
 
 
 def test_a_grid_goes_on_while_the_best_rate_is_at_its_end(monkeypatch):
@@ -182,11 +192,15 @@ def test_the_bench_of_methods_runs_what_is_missing(tmp_path, monkeypatch):
     rates = bench.plan.ROWS["h2tune"].rates
     # Two rows: every rate with one seed on validation (a grid may go on), then two seeds on test.
     grids = [bench.grid_of(lines, row, rates) for row in ("local", "h2tune")]
-    assert len(lines) == sum(len(grid) + 2 for grid in grids) * 2  # clients
+    num_runs = sum(len(grid) + 2 for grid in grids)
+    # Two clients; those of H2Tune are tested without their core, too.
+    assert len(lines) == 2 * (num_runs + 2)
+    without = [x for x in lines if x["split"] == "without"]
+    assert {x["row"] for x in without} == {"h2tune"}
     best = bench.chosen_rate(lines, "h2tune", rates)
     tested = [line for line in lines if line["split"] == "test"]
     assert {line["rate"] for line in tested if line["row"] == "h2tune"} == {best}
-    up = {line["row"]: line["numbers_up"] for line in lines}
+    up = {line["row"]: line["numbers_up"] for line in tested}
     assert up["local"] == 0 < up["h2tune"]
 
     # What is there is never run again.
@@ -201,16 +215,16 @@ def test_the_bench_of_methods_runs_what_is_missing(tmp_path, monkeypatch):
     bench.append(path, stale)
     assert report.measured(setting, settings, tmp_path) == lines
     rows = {name: setting.rows[name] for name in ("local", "h2tune")}
-    assert bench.progress(setting, rows, tmp_path)[:2] == (len(lines) // 2, len(lines) // 2)
+    assert bench.progress(setting, rows, tmp_path)[:2] == (num_runs, num_runs)
     # Where only tests with another rate are left, those with the best are to be done.
     whole = path.read_text()
-    gone = [x for x in [*lines, *stale] if x not in tested]
+    gone = [x for x in [*lines, *stale] if x not in tested and x not in without]
     path.unlink()
     bench.append(path, gone)
     far = bench.progress(setting, rows, tmp_path)
     assert far.total - far.finished == 4
     bench.main(command)
-    assert bench.progress(setting, rows, tmp_path)[:2] == (len(lines) // 2, len(lines) // 2)
+    assert bench.progress(setting, rows, tmp_path)[:2] == (num_runs, num_runs)
     path.write_text(whole)
     found = report.found_of(setting, lines)
     text = "\n".join(report.table(setting, found))

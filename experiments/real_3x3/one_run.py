@@ -13,13 +13,15 @@ from plan_types import Row, Setting, fingerprint
 from record import Run
 
 import h2tune_jax as h2
+from h2tune_jax.methods.h2tune import H2TuneClient
 from h2tune_jax.run.catalog import build_method
 from h2tune_jax.run.config import make_config
 from h2tune_jax.run.federation import Federation, build_federation
 from h2tune_jax.run.settings import MethodConfig
 
 TEST_BATCH, TEST_ROWS = 50, 100  # at once, and in one call: a program serves validation and test
-FEW_ROWS = 200  # of the test, for the moments that stand beside the one that counts
+FEW_ROWS = 200  # of the test, for these moments that stand beside the one that counts:
+FEW_SPLITS = ("downloaded", "newcomer")
 
 
 class Programs(NamedTuple):
@@ -105,6 +107,11 @@ def with_mean_heads(state: h2.RoundState) -> h2.RoundState:
         same = jax.tree.map(lambda one, own: jnp.broadcast_to(one[None], own.shape), mean, head)
         clients.append(client._replace(params={**client.params, "head": same}))
     return state._replace(clients=tuple(clients))
+
+
+def without_core(client: H2TuneClient) -> H2TuneClient:
+    """Set the core that a client has trained to zero: what is left is its own."""
+    return client._replace(middle=jnp.zeros_like(client.middle))
 
 
 def head_numbers(state: h2.RoundState) -> int:
@@ -207,8 +214,9 @@ def lines_of(
 ) -> list[dict[str, Any]]:
     """Do one run: -> its lines, one a client.
 
-    On test rows two other moments stand beside the one that counts, as splits of their own: the clients
-    right after a download, and newcomers after a round of their own.
+    On test rows other moments stand beside the one that counts, as splits of their own: the clients
+    right after a download, newcomers after a round of their own, and clients without the core that they
+    have trained.
     """
     began = time.perf_counter()
     state, travelled, refused = train(programs, federation, setting.rounds, run.rate, run.seed)
@@ -216,6 +224,9 @@ def lines_of(
     ids = usual(programs)
     few = tuple(some_rows(one, 0, FEW_ROWS) for one in rows)
     found = {run.split: measure(programs, federation, state, rows, ids, setting.moment)}
+    if run.split == "test" and programs.row.method == "h2tune":
+        bare = state._replace(clients=tuple(map(without_core, state.clients)))
+        found["without"] = measure(programs, federation, bare, rows, ids, "trained")
     if run.split == "test" and setting.newcomers:
         found["downloaded"] = measure(programs, federation, state, few, ids, "downloaded")
         # They take the places of as many others, so that the round is the same program.
@@ -231,7 +242,9 @@ def lines_of(
             "setting": setting.name, "row": run.row, "plan": fingerprint(setting, programs.row),
             "rate": run.rate, "seed": run.seed, "split": split, "round": setting.rounds,
             "client": f"{spec.name}/{client}",
-            "examples": int((rows if split == run.split else few)[cohort].num_examples[client]),
+            "examples": int(
+                (few if split in FEW_SPLITS else rows)[cohort].num_examples[client]
+            ),
             "accuracy": round(float(found[split][spec.name]["accuracy"][place]), 6),
             "loss": round(float(found[split][spec.name]["loss"][place]), 6),
             "refused": int(refused[spec.name][place]) if split == run.split else 0,

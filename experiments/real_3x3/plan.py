@@ -37,6 +37,20 @@ AMENDED after the first rows of `both` and `models` had been tested, for the sak
 - `crowd` was added, as sharing gave more in `models`, where five others have a client's task, than in
   `both`, where two have.
 
+AMENDED again, when `both` was done and `tasks` and `models` half: what follows from a review of the first
+results. The form `h2tune_common` stayed as it was.
+- What sharing itself adds is measured at one rate: a row that shares nothing is tested at the rate of the
+  row that shares, too, and not only at its own best.
+- `depths` was added: one task on six models of which no two are one. In `models` and `crowd` a client
+  has another one with its own model, so they cannot tell what crosses models.
+- `pooled` and `pooled_shards` were added: what all examples in one place give, where `centralised` pools
+  two clients.
+- The form that shares nothing stands beside in the curves and in `smollm2`; the curves have `ce_lora`,
+  the best baseline of `both`, in the place of `co_lora`.
+- The ablation has rows of the form `h2tune` too: its shared part at ten times the rate (so that its basis
+  can be told from its rate), alone with all parts at once, another basis, frozen factors.
+- Rows of H2Tune are also measured with their core set to zero after training: what the core carries.
+
 `plan_groups.py` has the clients, `plan_rows.py` the rows.
 """
 
@@ -44,6 +58,7 @@ from collections.abc import Iterator
 
 import plan_rows
 from plan_groups import (
+    DEPTHS,
     EXAMPLES,
     MINILMS,
     PROBE,
@@ -52,6 +67,8 @@ from plan_groups import (
     clients,
     every_pair,
     last_groups,
+    pooled,
+    pooled_shards,
     shard_server,
     shards,
 )
@@ -79,12 +96,12 @@ COMMON_BASIS = {
 }
 
 SEEDS = (10, 11, 12, 13, 14)
-FEW_SEEDS = SEEDS[:3]  # of the ablation, the curves and the last comparison
+FEW_SEEDS = SEEDS[:3]  # where hours would not do for five: many rows, many clients, larger models
 GRID_SEEDS = (100,)
 NEWCOMERS = 1  # of each group, where groups have several clients
 
 ALONE = "_alone"  # behind a row's name: the same, and nothing is shared
-FLOOR, BEST, BASELINE = "local", "h2tune_common", "co_lora"
+FLOOR, BEST, BASELINE = "local", "h2tune_common", "ce_lora"
 CURVES = {"rank": (2, 4, 8, 16), "examples": (64, 128, 256, 512)}
 OWN_POINT = {"rank": RANK, "examples": EXAMPLES}  # where `both` stands
 
@@ -125,7 +142,7 @@ def _curves() -> Iterator[Setting]:
                 title=f"{curve} {value}",
                 about=f"As `both`, with {curve} {value}.",
                 groups=every_pair(**{curve: value}),
-                rows=_some(FLOOR, BEST, BASELINE),
+                rows=_some(FLOOR, BASELINE, BEST, BEST + ALONE),
                 seeds=FEW_SEEDS,
                 point=Point(curve, value),
                 shares="both" if is_both else None,
@@ -155,6 +172,22 @@ SETTINGS = {
             newcomers=NEWCOMERS,
         ),
         BOTH._replace(
+            name="depths",
+            title="One task on six models",
+            about="TREC on MiniLM with 6, 5, 4 and 3 of its layers, of 4 and 3 two choices each, one "
+            "client a model: what helps here has crossed models.",
+            groups=tuple(clients(model, "trec") for model in DEPTHS),
+            rows=_some(FLOOR, "heterotune", "co_lora", "h2tune", BEST, BEST + ALONE),
+        ),
+        BOTH._replace(
+            name="pooled",
+            title="One task, all in one place",
+            about="The models of `models`, each trained by one client that has as many examples and takes "
+            "as many steps as the six clients there have together.",
+            groups=tuple(pooled(model, 2 * len(MINILMS)) for model in MINILMS),
+            rows=_some(FLOOR),
+        ),
+        BOTH._replace(
             name="crowd",
             title="Three tasks on three models, twice",
             about="The federation of `both` with two clients of every model and task: five others have a "
@@ -170,6 +203,7 @@ SETTINGS = {
             "thing. Its form in the paper and what the authors' public code states stand beside.",
             rows={
                 **_some(FLOOR, BEST, "h2tune_common_alone", "h2tune", "h2tune_alone"),
+                **plan_rows.default_form(),
                 **plan_rows.reference_form(),
                 **plan_rows.ablation(COMMON_BASIS, BEST),
             },
@@ -194,6 +228,16 @@ SETTINGS = {
             server=shard_server(),
             judged="fed_hello",
         ),
+        Setting(
+            name="pooled_shards",
+            title="The shards in one place",
+            about="The model of `shards` with rank 16, trained by one client that has as many examples, of "
+            "all labels, and takes as many steps as the eight clients there have together.",
+            groups=(pooled_shards(),),
+            rows=_some(FLOOR),
+            seeds=SEEDS,
+            grid_seeds=GRID_SEEDS,
+        ),
         *_curves(),
         Setting(
             name="smollm2",
@@ -203,7 +247,9 @@ SETTINGS = {
             "out: they need next-token logits, which 6 of 30 layers do not give, and the whole model is "
             "beyond this bench's hours.",
             groups=last_groups(),
-            rows=_some(FLOOR, "fedit", "heterotune", "ce_lora", "co_lora", "h2tune", BEST),
+            rows=_some(
+                *(FLOOR, "fedit", "heterotune", "ce_lora", "co_lora", "h2tune"), BEST, BEST + ALONE
+            ),
             seeds=FEW_SEEDS,
             grid_seeds=GRID_SEEDS,
             probe=PROBE,

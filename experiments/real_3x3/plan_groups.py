@@ -8,8 +8,15 @@ MINILMS: Mapping[str, Mapping[str, Any]] = {
     "minilm4": {"source": "minilm", "prune": {"layers": [0, 1, 3, 5]}},
     "minilm3": {"source": "minilm", "prune": {"layers": [0, 2, 5]}},
 }
-MODELS: Mapping[str, Mapping[str, Any]] = {
+# Six models of which no two are one.
+DEPTHS: Mapping[str, Mapping[str, Any]] = {
     **MINILMS,
+    "minilm5": {"source": "minilm", "prune": {"layers": [0, 1, 2, 4, 5]}},
+    "minilm4b": {"source": "minilm", "prune": {"layers": [0, 2, 4, 5]}},
+    "minilm3b": {"source": "minilm", "prune": {"layers": [0, 3, 5]}},
+}
+MODELS: Mapping[str, Mapping[str, Any]] = {
+    **DEPTHS,
     # Shallow layers carry a text's meaning in the mean of their tokens, not yet in the last one.
     "smollm2": {"source": "smollm2", "prune": {"first": 6}, "pooling": "mean"},
 }
@@ -42,6 +49,13 @@ def clients(
         # One scale, alpha / rank, whatever the rank: that of alpha = 16, the default, at `RANK`.
         **({} if rank == RANK else {"alpha": 16.0 * rank / RANK}),
     }
+
+
+def pooled(model: str, count: int, **changes: int) -> dict[str, Any]:
+    """Describe one client that has the TREC examples and takes the steps of so many."""
+    examples = changes.pop("examples", EXAMPLES)
+    group = clients(model, "trec", examples=count * examples, **changes)
+    return {**group, "budget": {**BUDGET, "steps": count * BUDGET["steps"]}}
 
 
 def every_pair(**changes: int) -> tuple[dict[str, Any], ...]:
@@ -78,6 +92,13 @@ def shards() -> tuple[dict[str, Any], ...]:
         group["task"] = {**group["task"], "partition": {"kind": "pathological", "classes": 3}}
         groups.append(group)
     return tuple(groups)
+
+
+def pooled_shards() -> dict[str, Any]:
+    """Describe one client that has the examples and takes the steps of all shards together."""
+    count, rank = 2 * len(SHARD_RANKS), max(SHARD_RANKS)
+    group = pooled(SHARD_MODEL, count, rank=rank, examples=SHARD_EXAMPLES)
+    return {**group, "alpha": float(rank)}
 
 
 def shard_server() -> dict[str, Any]:

@@ -10,8 +10,15 @@ Options = Mapping[str, Any]
 
 HEADS: Options = {"head_rate": 1e-2}
 
+# How a row is to be read, where its name does not say it.
+WORDS = {
+    "centralised": "the clients of one model and task in one place",
+    "hetlora": "without its pruning",
+    "fedra": "half of the layers, drawn at random",
+    "fed_hello": "half of the layers, drawn by the shape `bottleneck` (RGD)",
+}
 BASELINES = {
-    name: Row(name, HEADS)
+    name: Row(name, HEADS, WORDS.get(name, ""))
     for name in (
         "centralised", "fedit", "ffa_lora", "fedsa_lora", "hetlora", "flexlora", "flora",
         "fedex_lora", "fedra", "fed_hello", "ce_lora", "co_lora", "heterotune",
@@ -67,15 +74,42 @@ def h2tune_row(options: Options, words: str) -> Row:
 def forms(common_basis: Options) -> dict[str, Row]:
     """Return H2Tune with a core between own factors, and in a common basis, each shared and alone."""
     paper, common = {**BETWEEN, **AS_IN_THE_PAPER}, {**BETWEEN, **common_basis}
-    alone = {"sharing": "none"}
     return {
         "h2tune_paper": h2tune_row(
             paper, "the paper's selection and start of the relation, in our reading"
         ),
         "h2tune": h2tune_row(BETWEEN, "block selection, relation by depth"),
-        "h2tune_alone": h2tune_row({**BETWEEN, **alone}, "the same, and nothing is shared"),
+        "h2tune_alone": alone_row(BETWEEN, "h2tune"),
         "h2tune_common": h2tune_row(common, "the form in a common basis"),
-        "h2tune_common_alone": h2tune_row({**common, **alone}, "the same, and nothing is shared"),
+        "h2tune_common_alone": alone_row(common, "h2tune_common"),
+    }
+
+
+def alone_row(options: Options, name: str) -> Row:
+    """Return a row where nothing is shared; it is tested at the rate of the row that shares, too."""
+    row = h2tune_row({**options, "sharing": "none"}, "the same, and nothing is shared")
+    return row._replace(also_at=name)
+
+
+def default_form() -> dict[str, Row]:
+    """Return changes of the row `h2tune`, whose core stands between a client's own factors."""
+    own = RATES[1]
+    fast = {**BETWEEN, "learning_rate": own, "shared_rate": 10 * own}
+    plain = {"alternation": "joint", **{f"lambda_{term}": "none" for term in TERMS}}
+    return {
+        "h2tune_fast": h2tune_row(fast, "`h2tune`, the shared part at 10 times the rate"),
+        "h2tune_fast_alone": alone_row(fast, "h2tune_fast"),
+        "h2tune_joint_alone": h2tune_row(
+            {**BETWEEN, **plain, "sharing": "none"},
+            "`h2tune_alone`, all parts at once and without terms",
+        ),
+        "h2tune_seeded": h2tune_row(
+            {**BETWEEN, "basis": "seeded"}, "`h2tune`, basis from one seed"
+        ),
+        "h2tune_frozen": h2tune_row(
+            {**BETWEEN, "core": "pure", "train_factors": False},
+            "`h2tune`, A T B with A and B frozen at random",
+        ),
     }
 
 
@@ -136,7 +170,7 @@ def _changes(best: Options) -> Iterator[tuple[str, str, Options]]:
     )
     yield "with_norm", f"with the term {TERMS['norm']}", {"lambda_norm": 1.0}
 
-    # Between a client's own factors a core trained ten times as fast as they are would run away.
+    # One rate for all between own factors, where `h2tune_fast` tries ten times that for the core.
     rate = best.get("learning_rate", RATES[1])
     between = {"core_rank": "none", "learning_rate": rate, "shared_rate": rate}
     yield "parallel", "the core beside the own factors", {"core": "parallel"}

@@ -26,6 +26,7 @@ def smoke(folder: Path) -> dict[str, Setting]:
     forms = plan_rows.forms({"shared_rank": 4})
     rows = {**plan_rows.LOCAL, "fedit": plan_rows.BASELINES["fedit"], "h2tune": forms["h2tune"]}
     some = {name: rows[name] for name in ("local", "h2tune")}
+    alone = {"h2tune_alone": forms["h2tune_alone"]}
     tiny = Setting(
         name="smoke",
         title="A tiny random model",
@@ -53,7 +54,7 @@ def smoke(folder: Path) -> dict[str, Setting]:
         tiny._replace(
             name="newcomers",
             groups=({**_clients("tiny-words", data), "count": 3},),
-            rows=some,
+            rows={**some, **alone},
             newcomers=1,
         ),
         tiny._replace(name="ablation", rows=some, against="h2tune", shares="smoke"),

@@ -24,8 +24,8 @@ Line = Mapping[str, Any]
 class Run(NamedTuple):
     """One training: what a line of the CSV is known by.
 
-    Lines of the splits "downloaded" and "newcomer" stand beside those of "test": they are of the same
-    training.
+    Lines of the splits "downloaded", "newcomer" and "without" stand beside those of "test": they are of
+    the same training.
     """
 
     row: str
@@ -89,18 +89,43 @@ def measured(setting: Setting, settings: Mapping[str, Setting], folder: Path) ->
     On test rows only those with the rate that the rule chooses: after a grid has grown that may be another
     one than before. Rows whose grid is not through are left out. Raises `OtherPlan`.
     """
-    own = own_rows(setting, settings)
     kept = []
-    for name, row in setting.rows.items():
-        home = setting if name in own or setting.shares is None else settings[setting.shares]
-        lines = [line for line in read(path_of(home.name, folder)) if line["row"] == name]
-        check_plan(home, {name: row}, lines)
+    for name in setting.rows:
+        home, lines = _lines_of(setting, name, settings, folder)
         try:
-            rate = rate_of(home, name, row, folder)
+            rate = rate_of(home, name, home.rows[name], folder)
         except RateUnknown:
             continue
         kept += [line for line in lines if line["split"] == "validation" or line["rate"] == rate]
     return kept
+
+
+def at_others_rate(
+    setting: Setting, settings: Mapping[str, Setting], folder: Path
+) -> dict[str, list[Line]]:
+    """Read test lines at the rate of another row, by row, of those that are tested at one (`also_at`)."""
+    kept = {}
+    for name, row in setting.rows.items():
+        if row.also_at is None:
+            continue
+        home, lines = _lines_of(setting, name, settings, folder)
+        try:
+            rate = rate_of(home, row.also_at, home.rows[row.also_at], folder)
+        except RateUnknown:
+            continue
+        kept[name] = [line for line in lines if (line["split"], line["rate"]) == ("test", rate)]
+    return kept
+
+
+def _lines_of(
+    setting: Setting, name: str, settings: Mapping[str, Setting], folder: Path
+) -> tuple[Setting, list[Line]]:
+    """Read a row's lines, and say in which setting it is run. Raises `OtherPlan`."""
+    elsewhere = setting.shares is not None and name not in own_rows(setting, settings)
+    home = settings[setting.shares] if elsewhere and setting.shares else setting
+    lines = [line for line in read(path_of(home.name, folder)) if line["row"] == name]
+    check_plan(home, {name: home.rows[name]}, lines)
+    return home, lines
 
 
 def run_of(line: Line) -> Run:
@@ -178,7 +203,9 @@ def planned(setting: Setting, name: str, row: Row, split: str, folder: Path) -> 
             return []
         grid = grid_of(read(path_of(setting.name, folder)), name, row.rates)
         return [Run(name, rate, seed, split) for rate in grid for seed in setting.grid_seeds]
-    return [Run(name, rate_of(setting, name, row, folder), seed, split) for seed in setting.seeds]
+    tested = [name] if row.also_at is None else [name, row.also_at]
+    rates = dict.fromkeys(rate_of(setting, one, setting.rows[one], folder) for one in tested)
+    return [Run(name, rate, seed, split) for rate in rates for seed in setting.seeds]
 
 
 def rate_of(setting: Setting, name: str, row: Row, folder: Path) -> float:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import plan
 from plan_types import LADDER, Setting, own_rows
-from record import costs_of, measured, path_of, progress, read
+from record import at_others_rate, costs_of, measured, path_of, progress, read
 from report_pictures import draw, draw_curve
-from report_rows import METRIC, MOMENTS, Found, found_of
+from report_rows import METRIC, MOMENTS, Beside, Found, found_of
 
 from h2tune_jax.run.numbers import difference_of, duration, share, size
 from h2tune_jax.run.paired import Interval
@@ -31,6 +31,13 @@ def interval_text(value: Interval | None) -> str:
     if value.low is None or value.high is None:
         return text
     return f"{text} ({difference_of(METRIC, value.low)} to {difference_of(METRIC, value.high)})"
+
+
+def beside_text(value: Beside | None) -> str:
+    """Write an accuracy at another moment, and its difference to what it is compared with."""
+    if value is None:
+        return ""
+    return share(value.mean) + ("" if value.over is None else f": {interval_text(value.over)}")
 
 
 def rows_of(heads: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -52,7 +59,7 @@ def table(setting: Setting, found: Sequence[Found]) -> list[str]:
             interval_text(row.over_floor),
             *([] if rival is None else [interval_text(row.over_rival)]),
             *(share(row.by_task.get(task)) for task in tasks),
-            *(share(row.beside.get(name)) for name in moments),
+            *(beside_text(row.beside.get(name)) for name in moments),
         ]
         for row in ranked(setting, found)
     ]  # fmt: skip
@@ -82,13 +89,21 @@ def folded(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def client_table(setting: Setting, found: Sequence[Found]) -> list[str]:
-    """Write every client's accuracy."""
+    """Write every client's accuracy in percent, with its 95 % interval over seeds."""
     clients = list(dict.fromkeys(client for row in found for client in row.by_client))
     body = [
-        [f"`{row.name}`", *(share(row.by_client.get(client)) for client in clients)]
+        [f"`{row.name}`", *(mean_text(row.by_client.get(client)) for client in clients)]
         for row in ranked(setting, found)
     ]
     return rows_of(["row", *clients], body)
+
+
+def mean_text(value: Interval | None) -> str:
+    """Write a mean over seeds, and half of its interval's width."""
+    if value is None:
+        return ""
+    reach = "" if value.high is None else f" ± {100 * (value.high - value.mean):.1f}"
+    return f"{100 * value.mean:.1f}{reach}"
 
 
 def cost_of_rows(setting: Setting, found: Sequence[Found]) -> list[str]:
@@ -108,28 +123,30 @@ def cost_of_rows(setting: Setting, found: Sequence[Found]) -> list[str]:
 
 def sharing(found: Sequence[Found]) -> list[str]:
     """Say what sharing itself adds: a row minus the same row where nothing is shared."""
-    said = [
-        f"{interval_text(row.over_alone)} in `{row.name}`"
-        for row in found
-        if row.over_alone is not None
-    ]
+    said = []
+    for row in found:
+        here, own = interval_text(row.over_alone_here), interval_text(row.over_alone)
+        if here and own:
+            best = "" if here == own else f", and {own} with each at its own best rate"
+            said.append(f"{here} in `{row.name}` at its rate{best}")
     return ["", f"What sharing itself adds, paired by seed: {'; '.join(said)}."] if said else []
 
 
 def ablation_table(setting: Setting, found: Sequence[Found]) -> list[str]:
     """Write an ablation's table in the order of the plan, each row with what was changed."""
     heads = ["what is changed", "row", "rate", METRIC]
-    heads += [f"minus `{setting.against}`", f"minus `{plan.FLOOR}`"]
+    heads += [f"minus `{setting.against}`", f"minus `{plan.FLOOR}`", MOMENTS["without"]]
     body = [
         [
             setting.rows[row.name].words, f"`{row.name}`", rate_text(setting, row), share(row.mean),
             interval_text(row.over_rival), interval_text(row.over_floor),
+            beside_text(row.beside.get("without")),
         ]
         for row in found
     ]  # fmt: skip
     form = ", ".join(f"{name} {value}" for name, value in plan.COMMON_BASIS.items())
     about = f"`{plan.BEST}` is the row `h2tune` but for: {form} (before the rates are chosen)."
-    return [*rows_of(heads, body), "", f"{about} {notes(setting, found)}"]
+    return [*rows_of(heads, body), "", f"{about} {notes(setting, found)}", *sharing(found)]
 
 
 def notes(setting: Setting, found: Sequence[Found]) -> str:
@@ -140,7 +157,13 @@ def notes(setting: Setting, found: Sequence[Found]) -> str:
         text += " \\* the least or the largest rate that is tried."
     names = {row.name for row in found}
     missing = [name for name in setting.rows if name not in names]
-    return text + (f" Not run yet: {', '.join(missing)}." if missing else "")
+    if missing:
+        text += f" Not run yet: {', '.join(missing)}."
+    if setting.against is None:
+        said = [f"`{row.name}`: {setting.rows[row.name].words}" for row in found]
+        said = [words for words in said if not words.endswith(": ")]
+        text += f" What the names do not say: {'; '.join(said)}." if said else ""
+    return text
 
 
 def curve_table(curve: str, points: Mapping[int, Sequence[Found]]) -> list[str]:
@@ -187,7 +210,8 @@ def page_of(settings: Mapping[str, Setting], folder: Path) -> str:
     curves: dict[str, dict[int, list[Found]]] = {}
     for name, setting in settings.items():
         lines = measured(setting, settings, folder)
-        found = found_of(setting, lines, costs_of(setting, folder))
+        elsewhere = at_others_rate(setting, settings, folder)
+        found = found_of(setting, lines, costs_of(setting, folder), elsewhere)
         if setting.point is not None:
             if found:
                 curves.setdefault(setting.point.curve, {})[setting.point.value] = found

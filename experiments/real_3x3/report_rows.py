@@ -7,14 +7,32 @@ import numpy as np
 import plan
 from plan_types import Setting
 
-from h2tune_jax.run.paired import OVERALL, ComparisonRow, Interval, Score, compare_scores
+from h2tune_jax.run.paired import (
+    OVERALL,
+    ComparisonRow,
+    Interval,
+    Score,
+    compare_scores,
+    paired_interval,
+)
 
 METRIC = "accuracy"
-MOMENTS = {"downloaded": "right after a download, 200 rows", "newcomer": "newcomers, 200 rows"}
+MOMENTS = {
+    "downloaded": "right after a download, 200 rows",
+    "newcomer": "newcomers, 200 rows",
+    "without": "without its core",
+}
 NOT_RIVALS = ("local", "centralised")
 """Methods that are no baseline to be beaten: the floor and the ceiling."""
 
 Lines = Sequence[Mapping[str, Any]]
+
+
+class Beside(NamedTuple):
+    """A row at another moment than the one that counts."""
+
+    mean: float
+    over: Interval | None  # paired by seed: the floor at that moment; of "without", the row itself
 
 
 class Found(NamedTuple):
@@ -24,15 +42,16 @@ class Found(NamedTuple):
     rate: float
     scores: Mapping[int, float]  # by seed
     by_task: Mapping[str, float]  # over its clients and all seeds
-    beside: Mapping[str, float]  # the same at the other moments that were measured, by name
-    by_client: Mapping[str, float]  # over all seeds
+    beside: Mapping[str, Beside]  # at the other moments that were measured, by name
+    by_client: Mapping[str, Interval]  # over all seeds
     numbers: tuple[float, float]  # up and down, a client and round
     seconds: float  # a run, median over its seeds
     trained: float | None  # numbers, the mean over clients; None: not measured, as the next
     planned_bytes: float | None  # of a round
-    over_floor: Interval | None  # paired by seed, as are the next two
+    over_floor: Interval | None  # paired by seed, as are the next three
     over_rival: Interval | None
-    over_alone: Interval | None  # the same row where nothing is shared
+    over_alone: Interval | None  # the same row where nothing is shared, each at its own best rate
+    over_alone_here: Interval | None  # the same, at this row's rate
     rival: str | None
 
     @property
@@ -41,9 +60,15 @@ class Found(NamedTuple):
 
 
 def found_of(
-    setting: Setting, lines: Lines, costs: Mapping[str, Mapping[str, Any]] | None = None
+    setting: Setting,
+    lines: Lines,
+    costs: Mapping[str, Mapping[str, Any]] | None = None,
+    elsewhere: Mapping[str, Lines] | None = None,
 ) -> list[Found]:
-    """Collect what was measured of each row, in the setting's order; `costs` by row, where known."""
+    """Collect what was measured of each row, in the setting's order.
+
+    By row, where known: `costs`, and in `elsewhere` the lines at another row's rate.
+    """
     tested = [
         line
         for line in lines
@@ -60,6 +85,7 @@ def found_of(
             name,
             tested,
             beside_of(setting, name, lines),
+            (elsewhere or {}).get(f"{name}{plan.ALONE}", ()),
             to_floor,
             to_rival,
             (costs or {}).get(name, {}),
@@ -73,7 +99,8 @@ def found_of(
 def _found(
     name: str,
     tested: Lines,
-    beside: Mapping[str, float],
+    beside: Mapping[str, Beside],
+    alone_here: Lines,
     to_floor: Mapping[str, ComparisonRow],
     to_rival: Mapping[str, ComparisonRow],
     cost: Mapping[str, Any],
@@ -89,37 +116,46 @@ def _found(
         scores={seed: mean([x for x in own if x["seed"] == seed]) for seed in to_floor[name].seeds},
         beside=beside,
         by_task={task: mean([x for x in own if task_of(x["client"]) == task]) for task in tasks},
-        by_client={one: mean([x for x in own if x["client"] == one]) for one in clients},
+        by_client={
+            one: paired_interval([x[METRIC] for x in own if x["client"] == one]) for one in clients
+        },
         numbers=(a_round("numbers_up"), a_round("numbers_down")),
         seconds=float(np.median([line["seconds"] for line in own])),
         trained=cost.get("trained"),
         planned_bytes=cost.get("planned_bytes"),
         over_floor=to_floor[name].difference,
         over_rival=to_rival[name].difference if name in to_rival else None,
-        over_alone=_over_alone(name, tested),
+        over_alone=over(own, [x for x in tested if x["row"] == f"{name}{plan.ALONE}"]),
+        over_alone_here=over(own, alone_here),
         rival=rival,
     )
 
 
-def _over_alone(name: str, tested: Lines) -> Interval | None:
-    alone = f"{name}{plan.ALONE}"
-    pair = [line for line in tested if line["row"] in (name, alone)]
-    both = {line["row"] for line in pair} == {name, alone}
-    return compare(pair, alone)[name].difference if both else None
+def over(lines: Lines, others: Lines) -> Interval | None:
+    """Compare one row's mean over clients with another's, or with its own at another moment."""
+    if not lines or not others:
+        return None
+    named = [{**x, "row": "this"} for x in lines] + [{**x, "row": "other"} for x in others]
+    return compare(named, "other")["this"].difference
 
 
 def mean(lines: Lines) -> float:
     return float(np.mean([line[METRIC] for line in lines]))
 
 
-def beside_of(setting: Setting, name: str, lines: Lines) -> dict[str, float]:
+def beside_of(setting: Setting, name: str, lines: Lines) -> dict[str, Beside]:
     """Average what stands beside a row's test, for the moments that have lines."""
+
+    def at(row: str, split: str) -> Lines:
+        own = [x for x in lines if (x["row"], x["split"]) == (row, split)]
+        return [line for line in own if line["seed"] in setting.seeds]
+
     found = {}
     for moment in MOMENTS:
-        own = [x for x in lines if (x["row"], x["split"]) == (name, moment)]
-        own = [line for line in own if line["seed"] in setting.seeds]
-        if own:
-            found[moment] = mean(own)
+        if own := at(name, moment):
+            other = at(name, "test") if moment == "without" else at(plan.FLOOR, moment)
+            is_floor = name == plan.FLOOR
+            found[moment] = Beside(mean(own), None if is_floor else over(own, other))
     return found
 
 
