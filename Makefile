@@ -78,6 +78,7 @@ bench-compile: $(VENV)/.base
 # The experiments, hours in all: what is finished is not run again. Their READMEs say what each costs.
 bench-methods: $(VENV)/.plot
 	$(BIN)/python experiments/real_3x3/bench.py
+	$(BIN)/python experiments/real_3x3/costs.py both
 	$(BIN)/python experiments/real_3x3/report.py
 
 bench-throughput: $(VENV)/.plot

@@ -4,6 +4,7 @@ import ast
 import csv
 import importlib.util
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -167,6 +168,45 @@ def test_the_form_of_the_bench_is_the_preset(monkeypatch):
     built = bench.method_of(bench.plan.ROWS["h2tune_common"]).hyper
     assert starts["head_rate"] == h2.COMMON.head_rate
     assert built == h2.COMMON.hyper()
+
+
+QUOTED = (
+    # Where texts speak of the bench: from a heading to the next one of its level, or to the tables.
+    ("experiments/real_3x3/README.md", r"\n## What wins.*?(?=\n## )"),
+    ("README.md", r"\n## What it is worth.*?(?=\n## )"),
+    ("docs/h2tune.md", r"\n## The preset `COMMON`.*?(?=\n## )"),
+)
+INTERVAL = r"([+-]?\d+\.\d)(?: points)?,?\s*\(?([+-]?\d+\.\d)\s+to\s+([+-]?\d+\.\d)\)?"
+
+
+def numbers_in(text):
+    """The intervals and the percentages of a text: {(mean, low, high)}, {share}."""
+    plain = text.replace("−", "-")
+    intervals = {tuple(map(float, found)) for found in re.findall(INTERVAL, plain)}
+    return intervals, {float(found) for found in re.findall(r"(\d+\.\d)\s%", plain)}
+
+
+def test_what_texts_say_of_the_bench_stands_in_its_tables():
+    """A number that is quoted is one that the rows give; the tables are made from them."""
+    page = (ROOT / "experiments/real_3x3/README.md").read_text(encoding="utf-8")
+    intervals, shares = numbers_in(page[page.index("<!-- results -->") :])
+    for path, section in QUOTED:
+        (text,) = re.findall(section, (ROOT / path).read_text(encoding="utf-8"), flags=re.DOTALL)
+        quoted = numbers_in(text)
+        assert quoted[0], path
+        assert quoted[0] <= intervals, (path, quoted[0] - intervals)
+        assert quoted[1] <= shares, (path, quoted[1] - shares)
+
+
+def test_the_tables_of_the_bench_are_those_of_its_rows(tmp_path, monkeypatch):
+    bench, report = load_bench_of_methods(monkeypatch)
+    for rows in bench.RESULTS.glob("*.csv"):
+        shutil.copy(rows, tmp_path)
+    page = (ROOT / "experiments/real_3x3/README.md").read_text(encoding="utf-8")
+    made = report.page_of(bench.plan.SETTINGS, tmp_path)
+    assert page.split(report.START)[1].split(report.END)[0].strip() == made.strip()
+    for picture in tmp_path.glob("*.svg"):
+        assert picture.read_bytes() == (bench.RESULTS / picture.name).read_bytes(), picture.name
 
 
 def test_the_bench_measures_rows_in_parts(tmp_path, monkeypatch):
