@@ -262,7 +262,7 @@ def _outer(
         out_shapes.append(jax.ShapeDtypeStruct((splits, clients, d), jnp.float32))
     out = call.launcher(
         Launch(
-            kernel=_kernels().outer_kernel,
+            kernel=_outer_kernel(),
             grid=(-(-d // blocks.wide), splits, clients),
             out_shapes=tuple(out_shapes),
             constants={
@@ -403,3 +403,9 @@ def _kernels() -> Any:
     from h2tune_kernels import triton_triple
 
     return triton_triple
+
+
+def _outer_kernel() -> Any:
+    from h2tune_kernels.triton_outer import outer_kernel
+
+    return outer_kernel

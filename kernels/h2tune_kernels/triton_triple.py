@@ -18,6 +18,7 @@ backward. So four kernels do both, told apart by strides:
     up      s z B + bias            or   du A^T                          writes the wide output once
     fused   down, x W and up in one pass over x, W and y
     outer   x^T du,  (s z^T dy)^T,  u^T g                                reads the wide input once
+            (in triton_outer.py)
 
 Rules that hold in all of them:
 
@@ -36,64 +37,9 @@ Rules that hold in all of them:
 import triton
 import triton.language as tl
 
-__all__ = ["down_kernel", "fused_kernel", "outer_kernel", "up_kernel"]
+from h2tune_kernels.triton_parts import EXACT, below, core_tile, operand, store_rank
 
-# float32 products as three products of the matrix unit: float32's accuracy at a third of tf32's
-# rate, where the exact products of the scalar units would need more registers than there are.
-# 16-bit operands do not look at it.
-EXACT = tl.constexpr("tf32x3")
-
-
-@triton.jit
-def _operand(value, STORE: tl.constexpr, UPCAST: tl.constexpr):
-    """Round to the storage dtype, then widen if the product has to run in float32."""
-    value = value.to(STORE)
-    if UPCAST:
-        value = value.to(tl.float32)
-    return value
-
-
-@triton.jit
-def _below(offsets, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
-    """offsets < LIMIT; a constant, which the compiler drops, where BLOCK divides LIMIT."""
-    return tl.full(offsets.shape, True, tl.int1) if LIMIT % BLOCK == 0 else offsets < LIMIT
-
-
-@triton.jit
-def _core_tile(
-    core_ptr,
-    index_ptr,
-    rank,
-    R: tl.constexpr,
-    W: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    SPARSE: tl.constexpr,
-):
-    """T or its transpose as a [W, W] tile; SPARSE reads middle[index] in place of T."""
-    i = tl.arange(0, W)[:, None]
-    j = tl.arange(0, W)[None, :]
-    inside = (i < rank) & (j < rank)
-    if TRANSPOSE:
-        position = j * R + i
-    else:
-        position = i * R + j
-    if SPARSE:
-        position = tl.load(index_ptr + position, mask=inside, other=0)
-    return tl.load(core_ptr + position, mask=inside, other=0.0)
-
-
-@triton.jit
-def _store_rank(
-    ptr, value, row_mask, R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr
-):
-    """Store a [BM, W] tile into rows of length R and write zero from W up to R."""
-    rows = tl.arange(0, BM)[:, None]
-    cols = tl.arange(0, W)[None, :]
-    tl.store(ptr + rows * R + cols, value, mask=row_mask[:, None] & (cols < R))
-    if W < WIDE:
-        rest = tl.arange(0, WIDE)[None, :]
-        zero = tl.zeros((BM, WIDE), value.dtype)
-        tl.store(ptr + rows * R + rest, zero, mask=row_mask[:, None] & (rest >= W) & (rest < R))
+__all__ = ["down_kernel", "fused_kernel", "up_kernel"]
 
 
 @triton.jit
@@ -126,7 +72,7 @@ def _down(
     ks = tl.arange(0, BK)
     acc = tl.zeros((BM, W), tl.float32)
     for k in range(0, K, BK):
-        inside = _below(k + ks, K, BK)
+        inside = below(k + ks, K, BK)
         x = tl.load(
             x_ptr + rows[:, None] * K + (k + ks)[None, :],
             mask=row_mask[:, None] & inside[None, :],
@@ -138,15 +84,15 @@ def _down(
             other=0.0,
         )
         acc = tl.dot(
-            _operand(x, STORE, UPCAST), _operand(a, STORE, UPCAST), acc, input_precision=EXACT
+            operand(x, STORE, UPCAST), operand(a, STORE, UPCAST), acc, input_precision=EXACT
         )
     u = (acc * scale).to(STORE)
-    core = _core_tile(core_ptr, index_ptr, rank, R, W, TRANSPOSE, SPARSE)
-    z = tl.dot(_operand(u, STORE, UPCAST), _operand(core, STORE, UPCAST), input_precision=EXACT)
+    core = core_tile(core_ptr, index_ptr, rank, R, W, TRANSPOSE, SPARSE)
+    z = tl.dot(operand(u, STORE, UPCAST), operand(core, STORE, UPCAST), input_precision=EXACT)
     if RESIDUAL:
         z += u.to(tl.float32)
-    _store_rank(u_ptr, u, row_mask, R, W, WIDE, BM)
-    _store_rank(z_ptr, z.to(STORE), row_mask, R, W, WIDE, BM)
+    store_rank(u_ptr, u, row_mask, R, W, WIDE, BM)
+    store_rank(z_ptr, z.to(STORE), row_mask, R, W, WIDE, BM)
 
 
 @triton.jit
@@ -183,7 +129,7 @@ def down_kernel(
     """u = scale x A and z = u (I + T) for one client and one block of rows."""
     m = tl.program_id(0) * BM
     c = tl.program_id(1).to(tl.int64)
-    row_mask = _below(m + tl.arange(0, BM), N, BM)
+    row_mask = below(m + tl.arange(0, BM), N, BM)
     x_ptr += c * X_C + m.to(tl.int64) * K
     a_ptr += c * A_C
     core_ptr += c * T_C
@@ -241,7 +187,7 @@ def _up(
         mask=live[:, None] & col_mask[None, :],
         other=0.0,
     )
-    return tl.dot(_operand(z, STORE, UPCAST), _operand(b, STORE, UPCAST), input_precision=EXACT)
+    return tl.dot(operand(z, STORE, UPCAST), operand(b, STORE, UPCAST), input_precision=EXACT)
 
 
 @triton.jit
@@ -277,8 +223,8 @@ def up_kernel(
     c = tl.program_id(2).to(tl.int64)
     rows = tl.arange(0, BM)
     cols = n + tl.arange(0, BN)
-    row_mask = _below(m + rows, N, BM)
-    col_mask = _below(cols, F, BN)
+    row_mask = below(m + rows, N, BM)
+    col_mask = below(cols, F, BN)
     z_ptr += (c * N + m) * R
     b_ptr += c * B_C
     rank = R
@@ -378,15 +324,15 @@ def fused_kernel(
     cols = n + tl.arange(0, BN)
     rs = tl.arange(0, WIDE)
     ks = tl.arange(0, BK)
-    row_mask = _below(m + rows, N, BM)
-    col_mask = _below(cols, F, BN)
+    row_mask = below(m + rows, N, BM)
+    col_mask = below(cols, F, BN)
     x_ptr += c * X_C + m.to(tl.int64) * K
     w_ptr += c * W_C
     a_ptr += c * A_C
     acc = tl.zeros((BM, BN), tl.float32)
     acc_u = tl.zeros((BM, WIDE), tl.float32)
     for k in range(0, K, BK):
-        inside = _below(k + ks, K, BK)
+        inside = below(k + ks, K, BK)
         x = tl.load(
             x_ptr + rows[:, None] * K + (k + ks)[None, :],
             mask=row_mask[:, None] & inside[None, :],
@@ -402,14 +348,14 @@ def fused_kernel(
             mask=inside[:, None] & (rs < R)[None, :],
             other=0.0,
         )
-        x = _operand(x, STORE, UPCAST)
-        acc = tl.dot(x, _operand(w, STORE, UPCAST), acc, input_precision=EXACT)
-        acc_u = tl.dot(x, _operand(a, STORE, UPCAST), acc_u, input_precision=EXACT)
+        x = operand(x, STORE, UPCAST)
+        acc = tl.dot(x, operand(w, STORE, UPCAST), acc, input_precision=EXACT)
+        acc_u = tl.dot(x, operand(a, STORE, UPCAST), acc_u, input_precision=EXACT)
     if SCALE_DOWN:
         acc_u *= tl.load(scale_ptr + c * S_C)
     u = acc_u.to(STORE)
-    core = _core_tile(core_ptr + c * T_C, index_ptr + c * I_C, R, R, WIDE, TRANSPOSE, SPARSE)
-    z = tl.dot(_operand(u, STORE, UPCAST), _operand(core, STORE, UPCAST), input_precision=EXACT)
+    core = core_tile(core_ptr + c * T_C, index_ptr + c * I_C, R, R, WIDE, TRANSPOSE, SPARSE)
+    z = tl.dot(operand(u, STORE, UPCAST), operand(core, STORE, UPCAST), input_precision=EXACT)
     if RESIDUAL:
         z += u.to(tl.float32)
     b = tl.load(
@@ -422,7 +368,7 @@ def fused_kernel(
     if SCALE_UP:
         scaled = z * tl.load(scale_ptr + c * S_C)
     acc = tl.dot(
-        _operand(scaled, STORE, UPCAST), _operand(b, STORE, UPCAST), acc, input_precision=EXACT
+        operand(scaled, STORE, UPCAST), operand(b, STORE, UPCAST), acc, input_precision=EXACT
     )
     if BIAS:
         bias = tl.load(bias_ptr + c * BIAS_C + cols, mask=col_mask, other=0.0)
@@ -435,135 +381,5 @@ def fused_kernel(
     )
     if col_block == 0:
         skinny = (c * N + m) * R
-        _store_rank(u_ptr + skinny, u, row_mask, R, WIDE, WIDE, BM)
-        _store_rank(z_ptr + skinny, z.to(STORE), row_mask, R, WIDE, WIDE, BM)
-
-
-@triton.jit
-def _outer(
-    p_ptr,
-    q_ptr,
-    rank,
-    scale,
-    out_ptr,
-    sum_ptr,
-    d,
-    t_start,
-    t_stop,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    O_D: tl.constexpr,
-    O_R: tl.constexpr,
-    SUM: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    BD: tl.constexpr,
-    BT: tl.constexpr,
-    W: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    STORE: tl.constexpr = p_ptr.dtype.element_ty
-    cols = d + tl.arange(0, BD)
-    col_mask = _below(cols, D, BD)
-    rs = tl.arange(0, W)
-    ts = tl.arange(0, BT)
-    # Held as [W, BD]: p keeps the order it has in memory, and only the skinny operand is transposed.
-    acc = tl.zeros((W, BD), tl.float32)
-    total = tl.zeros((BD,), tl.float32)
-    p_ptr += t_start.to(tl.int64) * D
-    q_ptr += t_start.to(tl.int64) * R
-    for step in range(0, ROWS, BT):
-        t = step + ts
-        inside = t < t_stop - t_start
-        p = tl.load(
-            p_ptr + t[:, None] * D + cols[None, :],
-            mask=inside[:, None] & col_mask[None, :],
-            other=0.0,
-        )
-        q = tl.load(
-            q_ptr + t[:, None] * R + rs[None, :],
-            mask=inside[:, None] & (rs < rank)[None, :],
-            other=0.0,
-        )
-        if SUM:
-            total += tl.sum(p.to(tl.float32), axis=0)
-        p = _operand(p, STORE, UPCAST)
-        acc = tl.dot(tl.trans(_operand(q, STORE, UPCAST)), p, acc, input_precision=EXACT)
-    acc = (acc * scale).to(out_ptr.dtype.element_ty)
-    tl.store(
-        out_ptr + cols[None, :] * O_D + rs[:, None] * O_R,
-        acc,
-        mask=col_mask[None, :] & (rs < R)[:, None],
-    )
-    if W < WIDE:
-        rest = tl.arange(0, WIDE)
-        tl.store(
-            out_ptr + cols[None, :] * O_D + rest[:, None] * O_R,
-            tl.zeros((WIDE, BD), acc.dtype),
-            mask=col_mask[None, :] & ((rest >= W) & (rest < R))[:, None],
-        )
-    if SUM:
-        tl.store(sum_ptr + cols, total, mask=col_mask)
-
-
-@triton.jit
-def outer_kernel(
-    p_ptr,
-    q_ptr,
-    scale_ptr,
-    ranks_ptr,
-    out_ptr,
-    sum_ptr,  # None without SUM
-    CLIENTS: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    P_C: tl.constexpr,
-    Q_C: tl.constexpr,
-    S_C: tl.constexpr,
-    R_C: tl.constexpr,
-    O_D: tl.constexpr,
-    O_R: tl.constexpr,
-    SCALED: tl.constexpr,
-    SUM: tl.constexpr,
-    RAGGED: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    BD: tl.constexpr,
-    BT: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """out[d, j] = scale sum_t p[t, d] q[t, j] over one split of the rows, and sum_t p[t, d].
-
-    p is wide (x, dy, or u), q has the client's rank (du, z, or g). Output is [splits, C, D, R] in
-    the order that O_D and O_R give; ROWS rows belong to a split.
-    """
-    d = tl.program_id(0) * BD
-    split = tl.program_id(1)
-    c = tl.program_id(2).to(tl.int64)
-    p_ptr += c * P_C
-    q_ptr += c * Q_C
-    slot = split.to(tl.int64) * CLIENTS + c
-    out_ptr += slot * (D * R)
-    if SUM:
-        sum_ptr += slot * D
-    t_start = split * ROWS
-    t_stop = min(t_start + ROWS, N)
-    scale = 1.0
-    if SCALED:
-        scale = tl.load(scale_ptr + c * S_C)
-    rank = R
-    if RAGGED:
-        rank = tl.load(ranks_ptr + c * R_C)
-    if RAGGED and WIDE > 16 and rank <= 16:
-        _outer(p_ptr, q_ptr, rank, scale, out_ptr, sum_ptr, d, t_start, t_stop, D, R,
-               O_D, O_R, SUM, UPCAST, ROWS, BD, BT, 16, WIDE)  # fmt: skip
-    elif RAGGED and WIDE > 32 and rank <= 32:
-        _outer(p_ptr, q_ptr, rank, scale, out_ptr, sum_ptr, d, t_start, t_stop, D, R,
-               O_D, O_R, SUM, UPCAST, ROWS, BD, BT, 32, WIDE)  # fmt: skip
-    elif RAGGED and WIDE > 64 and rank <= 64:
-        _outer(p_ptr, q_ptr, rank, scale, out_ptr, sum_ptr, d, t_start, t_stop, D, R,
-               O_D, O_R, SUM, UPCAST, ROWS, BD, BT, 64, WIDE)  # fmt: skip
-    else:
-        _outer(p_ptr, q_ptr, rank, scale, out_ptr, sum_ptr, d, t_start, t_stop, D, R,
-               O_D, O_R, SUM, UPCAST, ROWS, BD, BT, WIDE, WIDE)  # fmt: skip
+        store_rank(u_ptr + skinny, u, row_mask, R, WIDE, WIDE, BM)
+        store_rank(z_ptr + skinny, z.to(STORE), row_mask, R, WIDE, WIDE, BM)
