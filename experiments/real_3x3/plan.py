@@ -46,7 +46,7 @@ results. The form `h2tune_common` stayed as it was.
 - `pooled` and `pooled_shards` were added: what all examples in one place give, where `centralised` pools
   two clients.
 - The form that shares nothing stands beside in the curves and in `smollm2`; the curves have `ce_lora`,
-  the best baseline of `both`, in the place of `co_lora`.
+  the best baseline of `both`, in the place of `co_lora`. There is one over the number of rounds, too.
 - The ablation has rows of the form `h2tune` too: its shared part at ten times the rate (so that its basis
   can be told from its rate), alone with all parts at once, another basis, frozen factors.
 - Rows of H2Tune are also measured with their core set to zero after training: what the core carries.
@@ -102,8 +102,7 @@ NEWCOMERS = 1  # of each group, where groups have several clients
 
 ALONE = "_alone"  # behind a row's name: the same, and nothing is shared
 FLOOR, BEST, BASELINE = "local", "h2tune_common", "ce_lora"
-CURVES = {"rank": (2, 4, 8, 16), "examples": (64, 128, 256, 512)}
-OWN_POINT = {"rank": RANK, "examples": EXAMPLES}  # where `both` stands
+CURVES = {"rank": (2, 4, 8, 16), "examples": (64, 128, 256, 512), "rounds": (6, 12, 24)}
 
 ROWS = {**plan_rows.LOCAL, **plan_rows.BASELINES, **plan_rows.forms(COMMON_BASIS)}
 
@@ -132,16 +131,21 @@ BOTH = Setting(
 )
 
 
+OWN_POINT = {"rank": RANK, "examples": EXAMPLES, "rounds": BOTH.rounds}  # where `both` stands
+
+
 def _curves() -> Iterator[Setting]:
     """Give a setting for every point of every curve; that of `both` itself has nothing to run."""
     for curve, values in CURVES.items():
         for value in values:
             is_both = value == OWN_POINT[curve]
+            over_rounds = curve == "rounds"
             yield BOTH._replace(
                 name=f"{curve}{value}",
                 title=f"{curve} {value}",
                 about=f"As `both`, with {curve} {value}.",
-                groups=every_pair(**{curve: value}),
+                groups=every_pair(**({} if over_rounds else {curve: value})),
+                rounds=value if over_rounds else BOTH.rounds,
                 rows=_some(FLOOR, BASELINE, BEST, BEST + ALONE),
                 seeds=FEW_SEEDS,
                 point=Point(curve, value),

@@ -224,7 +224,7 @@ def page_of(settings: Mapping[str, Setting], folder: Path) -> str:
         parts += [*body(setting, found), ""]
         if draw(setting, found, folder / f"{name}.svg"):
             parts += [f"![{setting.title}](results/{name}.svg)", ""]
-    parts += ["### By rank, and by number of examples", "", CURVES_ABOUT, ""]
+    parts += ["### By rank, by number of examples, and by number of rounds", "", CURVES_ABOUT, ""]
     for curve, points in curves.items():
         draw_curve(curve, points, folder / f"curve-{curve}.svg")
         parts += [*curve_table(curve, points), "", f"![{curve}](results/curve-{curve}.svg)", ""]
@@ -235,8 +235,8 @@ def page_of(settings: Mapping[str, Setting], folder: Path) -> str:
 
 
 CURVES_ABOUT = (
-    "The federation of `both` with another rank, or another number of examples a client; as many steps "
-    "everywhere, and the rates that the rows chose in `both`."
+    "The federation of `both` with another rank, another number of examples a client, or more or fewer "
+    "rounds; as many steps a round everywhere, and the rates that the rows chose in `both`."
 )
 
 
