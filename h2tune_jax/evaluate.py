@@ -1,5 +1,6 @@
 """Evaluation of every client on its own data, at the moments that a comparison names."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from h2tune_jax.check import check_choice, check_clients, check_cohorts, named_errors
 from h2tune_jax.method import FederatedMethod
 from h2tune_jax.round import ClientAxis, resolve_axis
-from h2tune_jax.training import batch_reader, room, scalar_metrics, trim
+from h2tune_jax.training import batch_reader, count_steps, room, scalar_metrics, trim
 from h2tune_jax.types import (
     Adapters,
     Array,
@@ -35,7 +36,8 @@ def make_evaluate(
     With `client_ids`, i32[S] a cohort, `state.clients` and `data` hold those clients only, in that
     order, and the metrics are [S]; a cohort with i32[0] is left out.
     Every client's loss and scalar metrics are averaged over its own examples (a batch weighs by its
-    examples). Loss functions get `key=None`, which asks for no dropout.
+    examples); of a client without examples they are NaN. Loss functions get `key=None`, which asks for no
+    dropout.
 
     Args:
       method: the method whose adapters are evaluated.
@@ -88,18 +90,30 @@ def make_evaluate(
 def _mean_metrics(
     spec: CohortSpec, adapters: Adapters, base: PyTree, data: ClientData, budget: Budget
 ) -> dict[str, Array]:
+    """Average over one client's own examples; over none at all a mean is NaN.
+
+    The loop ends where the client's own batches end, as that of `run_steps` does.
+    """
     read = batch_reader(budget, jax.random.key(0), data)  # not shuffled: the key is not used
 
+    @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for the loop
     def weighted(step: Array) -> dict[str, Array]:
         batch = read(step)
         loss, metrics = spec.loss_fn(adapters, base, batch, None)
         seen = {**scalar_metrics(f"cohort {spec.name!r}", metrics), "loss": loss}
-        # The reader begins again after a client's last batch: what it reads then does not count.
-        own = step * budget.batch_size < data.num_examples
-        count = jnp.where(own, batch.mask.sum(), 0).astype(jnp.float32)
-        weigh = lambda value: jnp.where(count > 0, value.astype(jnp.float32) * count, 0.0)
-        return jax.tree.map(weigh, seen)
+        count = batch.mask.sum().astype(jnp.float32)
+        return jax.tree.map(lambda value: value.astype(jnp.float32) * count, seen)
 
-    steps = jnp.arange(-(-room(data) // budget.batch_size), dtype=jnp.int32)
-    examples = jnp.maximum(data.num_examples, 1).astype(jnp.float32)
-    return jax.tree.map(lambda parts: parts.sum() / examples, jax.lax.map(weighted, steps))
+    zero = jnp.zeros((), jnp.int32)
+    # Summed when all are there: a running sum could be contracted with the product, and round otherwise.
+    parts = jax.tree.map(
+        lambda _: jnp.zeros(-(-room(data) // budget.batch_size), jnp.float32),
+        jax.eval_shape(weighted, zero),
+    )
+
+    def body(step: Array, parts: dict[str, Array]) -> dict[str, Array]:
+        return jax.tree.map(lambda row, part: row.at[step].set(part), parts, weighted(step))
+
+    parts = jax.lax.fori_loop(zero, count_steps(budget, data.num_examples), body, parts)
+    examples = data.num_examples.astype(jnp.float32)
+    return jax.tree.map(lambda row: row.sum() / examples, parts)

@@ -1,5 +1,7 @@
 """Evaluation counts every client's own examples once, whoever stands beside it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,41 @@ def test_clients_with_fewer_batches_than_others_are_not_counted_twice(setting, b
         loss, accuracy = by_hand(specs, state, data, 0, client)
         np.testing.assert_allclose(found["narrow"]["loss"][client], loss, rtol=2e-5)
         np.testing.assert_allclose(found["narrow"]["accuracy"][client], accuracy, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", ["scan", "vmap"])
+def test_a_client_without_examples_is_not_measured(setting, axis):
+    specs, state, data = setting
+    evaluate = h2.make_evaluate(METHOD, specs, batch_size=4, client_axis=axis)
+    full = evaluate(state, toy.make_bases(), data)
+    held = data[0].num_examples.at[jnp.asarray([1, 4])].set(0)
+    none = jnp.zeros_like(data[1].num_examples)
+    data = data[0]._replace(num_examples=held), data[1]._replace(num_examples=none)
+    found = evaluate(state, toy.make_bases(), data)
+    for metric in ("loss", "accuracy"):
+        np.testing.assert_array_equal(
+            np.isnan(found["narrow"][metric]), [False, True, False, False, True]
+        )
+        for client in (0, 2, 3):
+            assert found["narrow"][metric][client] == full["narrow"][metric][client]
+        assert np.isnan(found["wide"][metric]).all()
+
+
+def test_a_client_takes_its_own_batches_and_no_more(setting):
+    specs, state, data = setting
+    batches = []
+
+    def counting(adapters, base, batch, key):
+        jax.debug.callback(lambda mask: batches.append(int(mask.sum())), batch.mask)
+        return toy.loss_fn(adapters, base, batch, key)
+
+    specs = tuple(dataclasses.replace(spec, loss_fn=counting) for spec in specs)
+    data = data[0]._replace(num_examples=jnp.asarray([10, 8, 4, 3, 0], jnp.int32)), None
+    ids = jnp.arange(5, dtype=jnp.int32), jnp.zeros(0, jnp.int32)
+    evaluate = h2.make_evaluate(METHOD, specs, batch_size=4, client_axis="scan")
+    evaluate(state, toy.make_bases(), data, ids)
+    jax.effects_barrier()
+    assert batches == [4, 4, 2, 4, 4, 4, 3]
 
 
 def test_some_clients_alone_get_what_they_get_among_all(setting):

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from h2tune_jax.run import memory
+
 
 class Spread(NamedTuple):
     """Several runs: their median and quartiles."""
@@ -68,16 +70,9 @@ def total_memory() -> int:
 
 
 def free_memory() -> int:
-    """Bytes of the first device's memory that are not in use."""
-    device = jax.devices()[0]
-    stats = None if device.platform == "cpu" else device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.is_file() else []:
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    """Bytes of the first device's memory that are not in use; all of it where that is not known."""
+    known = memory.free_memory()
+    return total_memory() if known is None else known
 
 
 def reset_peak() -> None:

@@ -15,7 +15,7 @@ HEAD_STD = 0.02
 class HeadForm(NamedTuple):
     """What a family's classifier looks like, and what its tensors are called.
 
-    `modules` lists (key in our head or "", module name in the file); with two, the first is a dense
+    `modules` lists (key in our head, module name in the file); with two, the first is a dense
     layer d -> d with tanh before the second. `pool` says which token is read: "first" or "last".
     """
 

@@ -1,6 +1,7 @@
 """Import of GGUF files of the Llama family, dequantised."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,25 +52,8 @@ def load_gguf(
     Raises:
       FederationError: names what is missing, unexpected, misshapen or unsupported.
     """
-    import gguf
-
     file = Path(file)
-    if not file.is_file():
-        raise FederationError(f"{file}: no such file")
-    try:
-        reader = gguf.GGUFReader(file)
-    except Exception as error:  # the reader raises whatever it trips over
-        raise FederationError(f"{file}: truncated or not a GGUF file: {error}") from error
-
-    tensors = {_rename(tensor.name): _locate(tensor) for tensor in reader.tensors}
-    frequencies = tensors.pop("rope_freqs.weight", None)
-    fields = hf_fields_of(reader, tied="lm_head.weight" not in tensors, where=str(file))
-    del reader  # its lists of tokens take more memory than any tensor
-    config = config_from_hf(fields, **choices)
-    if frequencies is not None:
-        given = frequencies.read(file, "rope_freqs.weight")
-        fields["rope_scaling"] = _llama3_scaling(given, config, str(file))
-        config = config_from_hf(fields, **choices)
+    config, tensors = _open(file, choices)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
     def read(name: str) -> np.ndarray:
@@ -81,6 +65,34 @@ def load_gguf(
         return array
 
     return build(config), assemble(config, shapes, read, str(file), param_dtype=param_dtype)
+
+
+def read_config(file: str | Path, **choices: Any) -> ModelConfig:
+    """Return the config of the model that `load_gguf` imports, reading no weight."""
+    return _open(Path(file), choices)[0]
+
+
+def _open(file: Path, choices: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, "_Located"]]:
+    """Read what a file says of itself: -> (the model's config, where its tensors lie by name)."""
+    import gguf
+
+    if not file.is_file():
+        raise FederationError(f"{file}: no such file")
+    try:
+        # Not kept: its lists of tokens take more memory than any tensor.
+        reader = gguf.GGUFReader(file)
+    except Exception as error:  # the reader raises whatever it trips over
+        raise FederationError(f"{file}: truncated or not a GGUF file: {error}") from error
+
+    tensors = {_rename(tensor.name): _locate(tensor) for tensor in reader.tensors}
+    frequencies = tensors.pop("rope_freqs.weight", None)
+    fields = _hf_fields(reader, tied="lm_head.weight" not in tensors, where=str(file))
+    config = config_from_hf(fields, **choices)
+    if frequencies is not None:
+        given = frequencies.read(file, "rope_freqs.weight")
+        fields["rope_scaling"] = _llama3_scaling(given, config, str(file))
+        config = config_from_hf(fields, **choices)
+    return config, tensors
 
 
 class _Located(NamedTuple):
@@ -117,7 +129,7 @@ def unpermute(array: np.ndarray, num_heads: int) -> np.ndarray:  # [heads * H, .
     return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
-def hf_fields_of(reader: Any, *, tied: bool, where: str) -> dict[str, Any]:
+def _hf_fields(reader: Any, *, tied: bool, where: str) -> dict[str, Any]:
     """Turn a GGUF file's metadata into a Hugging Face config dict."""
 
     def field(name: str, default: Any = ...) -> Any:

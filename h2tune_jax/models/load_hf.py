@@ -39,6 +39,23 @@ def load_hf(
     Raises:
       FederationError: names what is missing, unexpected, misshapen or unsupported.
     """
+    folder, config, stored = _open(source, choices)
+    shapes = {name: entry.shape for name, entry in stored.items()}
+    base = assemble(
+        config, shapes, lambda name: stored[name].read(name), str(folder), param_dtype=param_dtype
+    )
+    return build(config), base
+
+
+def read_config(source: str | Path, **choices: Any) -> ModelConfig:
+    """Return the config of the model that `load_hf` imports, reading no weight."""
+    return _open(source, choices)[1]
+
+
+def _open(
+    source: str | Path, choices: Mapping[str, Any]
+) -> tuple[Path, ModelConfig, dict[str, safetensors_file.Stored]]:
+    """Find a model: -> (its folder, its config, where its tensors lie by name)."""
     folder = find_folder(source)
     fields = read_json(folder / "config.json")
     config = config_from_hf(fields, **choices)
@@ -47,11 +64,7 @@ def load_hf(
         if any(name.endswith("ForCausalLM") for name in fields.get("architectures") or ()):
             raise FederationError(f"{folder}: tensor 'lm_head.weight' is missing")
         config = dataclasses.replace(config, unembed="none")
-    shapes = {name: entry.shape for name, entry in stored.items()}
-    base = assemble(
-        config, shapes, lambda name: stored[name].read(name), str(folder), param_dtype=param_dtype
-    )
-    return build(config), base
+    return folder, config, stored
 
 
 def find_folder(source: str | Path) -> Path:

@@ -134,7 +134,10 @@ def read_arrays(
 def read_newest(
     folder: RunFolder | str | os.PathLike, step: int | None = None
 ) -> tuple[Checkpoint, list[str]]:
-    """Do so: -> (the checkpoint, what was passed over and why). The run may be under way."""
+    """Read the newest checkpoint that verifies, or the given one: -> (it, what was passed over and why).
+
+    The run may be under way. Raises `RunError` where nothing can be read.
+    """
     folder, skipped, gone = _folder(folder), [], []
     for _ in range(_TRIES):
         skipped, gone = [], []

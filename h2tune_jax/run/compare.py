@@ -6,12 +6,10 @@ OUT/comparison.csv, OUT/comparison.md, OUT/report.html
 
 import csv
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.table import Table
 
 from h2tune_jax.run import loop, numbers
@@ -22,6 +20,7 @@ from h2tune_jax.run.disk import RunError, write_whole, writing
 from h2tune_jax.run.events import Notice, Observer, tell
 from h2tune_jax.run.federation import Federation, build_federation
 from h2tune_jax.run.folder import RunFolder, holds_run, read_facts
+from h2tune_jax.run.memory import free_memory
 from h2tune_jax.run.notices import PassOn
 from h2tune_jax.run.paired import Comparison, ComparisonRow, compare_scores
 from h2tune_jax.run.report import write_report
@@ -198,19 +197,6 @@ def room_for(config: RunConfig, federation: Federation, count: int) -> int:
     each = sum(needs.values()) - shared
     free = free_memory()
     return 1 if free is None else int(min(max((free / 2 - shared) // max(each, 1), 1), count))
-
-
-def free_memory() -> int | None:
-    """Return the free bytes of the default device; of a CPU, of the machine. None if unknown."""
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-        except (ValueError, OSError):
-            return None
-    found = device.memory_stats() or {}
-    limit = found.get("bytes_limit")
-    return None if limit is None else limit - found.get("bytes_in_use", 0)
 
 
 def run_config(

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.extend.core import Literal
 
 from h2tune_jax.check import check_federation
 from h2tune_jax.method import FederatedMethod
 from h2tune_jax.round import init_round, resolve_axis
 from h2tune_jax.run.catalog import build_method
-from h2tune_jax.run.federation import Federation, build_federation, loss_of
+from h2tune_jax.run.federation import Federation, build_federation, loss_of, tree_bytes
+from h2tune_jax.run.feed import is_repeated
 from h2tune_jax.run.settings import GroupConfig, RunConfig
 from h2tune_jax.types import Adapters, Batch, ClientData, CohortSpec, PyTree, RoundState
 
@@ -60,6 +62,10 @@ class Description(NamedTuple):
 def describe(config: RunConfig, federation: Federation | None = None) -> Description:
     """Describe what a config will run; checks what `init_round` would check.
 
+    Traffic is what the method counts as `numbers_up` and `numbers_down`, where that is the size of whole
+    arrays. Where it depends on a client's state (entries that were selected, a rank that shrinks), it is
+    all that the upload or download holds but masks, what is sent at first contact only with it.
+
     The memory of activations is what one training step keeps for its backward pass; XLA keeps some of
     it shorter, and needs buffers of its own. Raises `FederationError` as `build_federation` does.
     """
@@ -94,10 +100,10 @@ def describe(config: RunConfig, federation: Federation | None = None) -> Descrip
         bytes_up=round(sum(g.sampled * g.bytes_up for g in groups)),
         bytes_down=round(sum(g.sampled * g.bytes_down for g in groups)),
         memory={
-            "frozen bases": _base_bytes(federation.bases, config),
+            "frozen bases": tree_bytes(federation.bases),
             "clients' state": stored,
             "server's state": _bytes(state.server),
-            "data": _bytes((federation.train, federation.test)),
+            "data": sum(map(_data_bytes, (*federation.train, *federation.test))),
             "one training step": max(steps),
         },
     )
@@ -143,15 +149,30 @@ def _describe_client(
     )
     download = download._replace(personal=personal)
     data = _one_client(federation.train[place])
-    train = lambda *args: method.client_update(spec, *args)
+
+    def train(*args: Any) -> tuple[PyTree, Any, Any]:
+        _, upload, metrics = method.client_update(spec, *args)
+        return upload, metrics["numbers_up"], metrics["numbers_down"]
+
     base, hyper = jax.tree.map(_shape, (federation.bases[place], method.hyper))
-    _, upload, _ = jax.eval_shape(train, key, base, client, download, data, hyper, state.round)
+    traced, (upload, *_) = jax.make_jaxpr(train, return_shape=True)(
+        key, base, client, download, data, hyper, state.round
+    )
+    # A count of whole arrays is a constant of the program; others depend on the client's state.
+    counts = [
+        round(float(count.val)) * spec.dtype.itemsize if isinstance(count, Literal) else None
+        for count in traced.jaxpr.outvars[-2:]
+    ]
+    up, down = (
+        _traffic(tree) if known is None else known
+        for known, tree in zip(counts, (upload, download))
+    )
     look = lambda server, client: method.adapters(spec, server, client, None)
     return _Client(
         adapters=jax.eval_shape(look, state.server, client),
         state_bytes=_bytes(client),
-        bytes_up=_traffic(upload),
-        bytes_down=_traffic(download),
+        bytes_up=up,
+        bytes_down=down,
     )
 
 
@@ -244,17 +265,10 @@ def _bytes(tree: PyTree) -> int:
     )
 
 
-def _base_bytes(bases: tuple[PyTree, ...], config: RunConfig) -> int:
-    """Count the bases; a pruned one shares all but its layers with the whole one beside it."""
-    total, seen = 0, set()
-    for group, base in zip(config.groups, bases):
-        whole = group.model.model_copy(update={"prune": None})
-        for part, tree in base.items():
-            key = (whole, part) if part != "layers" else (group.model, part)
-            if key not in seen:
-                seen.add(key)
-                total += _bytes(tree)
-    return total
+def _data_bytes(data: ClientData) -> int:
+    """Count clients' examples; rows that all of them share are there once."""
+    copies = len(data.num_examples) if is_repeated(data.examples) else 1
+    return _bytes(data.examples) // copies + _bytes(data.num_examples)
 
 
 def format_bytes(count: float) -> str:

@@ -1,6 +1,8 @@
 """From a config to a federation: specifications, frozen bases, and every client's data."""
 
+import dataclasses
 import functools
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +10,7 @@ import numpy as np
 
 from h2tune_jax import tasks
 from h2tune_jax.models.model import Model
-from h2tune_jax.run.load_models import ModelSources, head_of
+from h2tune_jax.run.load_models import Loaded, ModelSources, head_of
 from h2tune_jax.run.load_tasks import GroupData, encode_inputs, load_groups, read_texts
 from h2tune_jax.run.settings import GroupConfig, RunConfig, TaskConfig
 from h2tune_jax.tasks.objective import accumulate
@@ -49,7 +51,7 @@ def build_federation(config: RunConfig, *, weights: bool = True) -> Federation:
     Raises `FederationError`, with the group's name, and `tasks.assets.AssetError`.
     """
     sources = ModelSources(weights=weights)
-    loaded = [_named(group, sources.load, group.model) for group in config.groups]
+    loaded = _tell_apart([_named(group, sources.load, group.model) for group in config.groups])
     data = load_groups(config.groups, [one.tokenizer for one in loaded], config.seed)
     specs = tuple(
         _named(group, _make_spec, config, group, one.model, rows)
@@ -87,6 +89,30 @@ def _named(group: GroupConfig, build: Any, *args: Any) -> Any:
         if repr(group.name) in str(error):
             raise
         raise FederationError(f"group {group.name!r}: {error}") from None
+
+
+def _tell_apart(loaded: list[Loaded]) -> list[Loaded]:
+    """Add to a model's name where its weights came from, where models of one name differ in that.
+
+    A model is named by its config and by which layers it keeps, and methods take equal names for one
+    frozen base, whose clients they average. They fold names into random keys, too: so a name stays as it
+    is wherever it is in no doubt, and what was drawn for a federation before is drawn for it again.
+    """
+    origins: dict[str, set[str]] = {}
+    for one in loaded:
+        origins.setdefault(one.model.spec.name, set()).add(one.origin)
+
+    def rename(one: Loaded) -> Loaded:
+        name = one.model.spec.name
+        if len(origins[name]) == 1:
+            return one
+        # What all of them begin with says only on which machine this is. (By characters: a hub id has
+        # no path in common with a file.)
+        begin = os.path.commonprefix([*origins[name]])  # noqa: RUF071
+        spec = dataclasses.replace(one.model.spec, name=f"{name}-{one.origin.removeprefix(begin)}")
+        return one._replace(model=one.model._replace(spec=spec))
+
+    return [rename(one) for one in loaded]
 
 
 def _make_spec(config: RunConfig, group: GroupConfig, model: Model, rows: GroupData) -> CohortSpec:

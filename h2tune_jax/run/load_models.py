@@ -1,17 +1,16 @@
 """From a group's `model` table to a model, its frozen base and its tokenizer."""
 
-import dataclasses
 import functools
 import importlib.util
-from pathlib import Path
+import os
 from typing import Any, NamedTuple
 
 import jax
 
 from h2tune_jax import models
 from h2tune_jax.models.families import config_from_hf
-from h2tune_jax.models.load_gguf import hf_fields_of
-from h2tune_jax.models.load_hf import find_folder, index_folder, read_json, strip_names
+from h2tune_jax.models.load_gguf import read_config as read_gguf_config
+from h2tune_jax.models.load_hf import read_config as read_hf_config
 from h2tune_jax.models.model import Model, base_shapes, build
 from h2tune_jax.run.byte_tokenizer import ByteTokenizer
 from h2tune_jax.run.settings import ModelConfig, ShapeConfig
@@ -30,38 +29,47 @@ class Loaded(NamedTuple):
     model: Model
     base: PyTree  # arrays, or their shapes
     tokenizer: Any
+    origin: str  # where the weights came from, however the config spells it
 
 
 class ModelSources:
-    """Loads every source once, however many groups prune or share it."""
+    """Loads every source once and prunes it once in every way, however many groups share the result."""
 
     def __init__(self, *, weights: bool = True):
         """With `weights=False` bases are `jax.ShapeDtypeStruct`s, and no weight is read."""
         self.weights = weights
-        self._wholes: dict[Any, tuple[Model, PyTree]] = {}
+        self._loaded: dict[ModelConfig, Loaded] = {}
         self._tokenizers: dict[str, Any] = {}
 
     def load(self, config: ModelConfig) -> Loaded:
-        """Load a model and prune it; groups with the same whole model share its arrays."""
-        tokenizer = self._tokenizer(config)
-        key = config.model_copy(update={"prune": None})
-        if key not in self._wholes:
-            self._wholes[key] = _load_whole(config, tokenizer, self.weights)
-        model, base = self._wholes[key]
+        """Load a model and prune it.
+
+        Groups with the same model share all its arrays (or shapes of arrays), and those that prune one
+        model in several ways all but its layers.
+        """
+        if config not in self._loaded:
+            self._loaded[config] = self._load(config)
+        return self._loaded[config]
+
+    def _load(self, config: ModelConfig) -> Loaded:
         if config.prune is None:
-            return Loaded(model, base, tokenizer)
+            tokenizer = self._tokenizer(config)
+            model, base = _load_whole(config, tokenizer, self.weights)
+            return Loaded(model, base, tokenizer, _origin(config.source))
+        whole = self.load(config.model_copy(update={"prune": None}))
         chosen = config.prune.model_dump()
         if self.weights:
-            return Loaded(*models.prune_depth(model, base, **chosen), tokenizer)
+            model, base = models.prune_depth(whole.model, whole.base, **chosen)
+            return whole._replace(model=model, base=base)
         pruned: list[Model] = []
 
         def prune(base: PyTree) -> PyTree:
-            small, base = models.prune_depth(model, base, **chosen)
+            small, base = models.prune_depth(whole.model, base, **chosen)
             pruned.append(small)
             return base
 
-        shapes = jax.eval_shape(prune, base)
-        return Loaded(pruned[0], shapes, tokenizer)
+        layers = jax.eval_shape(prune, whole.base)["layers"]
+        return whole._replace(model=pruned[0], base={**whole.base, "layers": layers})
 
     def _tokenizer(self, config: ModelConfig) -> Any:
         source = config.tokenizer or config.source
@@ -79,6 +87,13 @@ def _locate(source: str) -> str:
     if source in ASSETS:
         return str(assets.fetch(source) / ASSETS[source])
     return source.removeprefix("hub:")
+
+
+def _origin(source: str) -> str:
+    """Name the weights behind a source: the same for all spellings of one folder or file."""
+    place = _locate(source)
+    is_local = source != "random" and os.path.exists(place)
+    return os.path.realpath(place) if is_local else source
 
 
 def _need_gguf(place: str) -> None:
@@ -110,35 +125,13 @@ def _load_whole(config: ModelConfig, tokenizer: Any, weights: bool) -> tuple[Mod
         return model, jax.tree.map(lambda leaf: leaf.astype(config.dtype), base)
     place = _locate(config.source)
     _need_gguf(place)
+    is_gguf = place.endswith(".gguf")
     if weights:
-        load = models.load_gguf if place.endswith(".gguf") else models.load_hf
-        return load(place, **choices)
-    model = build((_gguf_config if place.endswith(".gguf") else _hf_config)(place, choices))
+        return (models.load_gguf if is_gguf else models.load_hf)(place, **choices)
+    model = build((read_gguf_config if is_gguf else read_hf_config)(place, **choices))
     dtype = jax.numpy.dtype(config.dtype)
     shapes = base_shapes(model.config)
     return model, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-
-
-def _hf_config(place: str, choices: dict[str, Any]) -> models.ModelConfig:
-    folder = find_folder(place)
-    config = config_from_hf(read_json(folder / "config.json"), **choices)
-    has_unembed = "lm_head.weight" in strip_names(index_folder(folder), config)
-    if config.unembed == "own" and not has_unembed:
-        config = dataclasses.replace(config, unembed="none")
-    return config
-
-
-def _gguf_config(place: str, choices: dict[str, Any]) -> models.ModelConfig:
-    import gguf
-
-    if not Path(place).is_file():
-        raise FederationError(f"{place}: no such file")
-    try:
-        reader = gguf.GGUFReader(place)
-    except Exception as error:  # the reader raises whatever it trips over
-        raise FederationError(f"{place}: truncated or not a GGUF file: {error}") from error
-    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
-    return config_from_hf(hf_fields_of(reader, tied=tied, where=place), **choices)
 
 
 def _hf_fields(shape: ShapeConfig, tokenizer: Any) -> dict[str, Any]:

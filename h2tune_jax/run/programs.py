@@ -34,7 +34,7 @@ class Programs:
     ):
         self.method, self.specs = method, specs
         self.mesh = _make_mesh(config.engine.devices)
-        self.bases = self.place(bases)
+        self.bases = self._place_once(bases)
         self._settle(config.seed, probe)
         self.run_round = make_round(
             method,
@@ -63,6 +63,16 @@ class Programs:
         if self.mesh is None:
             return jax.device_put(tree)
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def _place_once(self, tree: PyTree) -> PyTree:
+        """Put arrays where `place` puts them, one that stands at several places of the tree once.
+
+        Not for what is given away to a round: nothing can be given away twice.
+        """
+        leaves, treedef = jax.tree.flatten(tree)
+        distinct = {id(leaf): leaf for leaf in leaves}
+        placed = dict(zip(distinct, self.place(list(distinct.values()))))
+        return treedef.unflatten([placed[id(leaf)] for leaf in leaves])
 
     def compile_seconds(self, shape: Any, began: float) -> float | None:
         """Return the seconds since `began` where a round of this shape was compiled for the first time."""
@@ -177,6 +187,12 @@ def take_rows(tree: PyTree, ids: Array) -> PyTree:
         )
         return jax.lax.map(row, ids)
     return jax.tree.map(lambda leaf: leaf.at[ids].get(mode="promise_in_bounds"), tree)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def repeat_row(tree: PyTree, count: int) -> PyTree:
+    """Repeat the only row: leaves [1, ...] -> [count, ...]."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape[1:])), tree)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

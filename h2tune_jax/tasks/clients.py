@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from h2tune_jax.tasks.encoding import Examples
-from h2tune_jax.types import ClientData, FederationError, near_match
+from h2tune_jax.tasks.encoding import Examples, number_labels
+from h2tune_jax.types import ClientData, FederationError
 
 
 def take_rows(examples: Examples, rows: np.ndarray) -> Examples:
@@ -89,21 +89,13 @@ def count_holdings(
     labels: Sequence[Any] | np.ndarray,
     label_names: Sequence[str],
 ) -> np.ndarray:  # i64[C, V]
-    """Count each client's examples by label. Labels are numbers, or names of `label_names`."""
-    names = [str(name) for name in label_names]
-    numbers = np.empty(len(labels), np.int64)
-    for i, label in enumerate(labels):
-        if isinstance(label, int | np.integer) and 0 <= label < len(names):
-            numbers[i] = label
-        elif str(label) in names:
-            numbers[i] = names.index(str(label))
-        else:
-            raise FederationError(
-                f"row {i}: the label {label!r} is outside the label set; "
-                f"{near_match(str(label), names)}"
-            )
+    """Count each client's examples by label.
+
+    Labels are names of `label_names` or, as an array of integers, what `encode_labels` made of them.
+    """
+    numbers = number_labels(labels, label_names)
     each = parts.values() if isinstance(parts, Mapping) else parts
-    counts = [np.bincount(numbers[rows], minlength=len(names)) for rows in each]
+    counts = [np.bincount(numbers[rows], minlength=len(label_names)) for rows in each]
     return np.stack(counts).astype(np.int64)
 
 

@@ -51,23 +51,44 @@ def fill_template(template: Template, row: Row, *, where: str = "data") -> str:
 def encode_labels(
     rows: Sequence[Row], label_names: Sequence[str], *, field: str = "label", where: str = "data"
 ) -> np.ndarray:  # i32[n]
-    """Number the rows' labels by their place in `label_names`.
+    """Number the rows' labels by their place in `label_names`, as `number_labels` does.
 
     A label outside the label set is an error that names the client (`where`), the row, the field
-    and the value. Labels are compared as text, so 1 and "1" are the same.
+    and the value.
     """
-    numbers = {str(name): i for i, name in enumerate(label_names)}
-    if len(numbers) != len(label_names):
+    column = read_column(rows, field, where=where)
+    return number_labels(column, label_names, where=where, what=f"field {field!r} has the value")
+
+
+def number_labels(
+    labels: Sequence[Any] | np.ndarray,
+    label_names: Sequence[str],
+    *,
+    where: str = "data",
+    what: str = "the label",
+) -> np.ndarray:  # i32[n]
+    """Number labels by their place in `label_names`: the one rule for it.
+
+    Labels are names and are compared as text, so 1 and "1" are the same. An array of integers holds
+    what this function has made: numbers, from 0. `where` and `what` begin the error that names a label
+    outside the label set.
+    """
+    names = [str(name) for name in label_names]
+    if len(set(names)) != len(names):
         raise FederationError(f"{where}: a label name occurs twice in {list(label_names)}")
-    labels = np.empty(len(rows), np.int32)
-    for i, value in enumerate(read_column(rows, field, where=where)):
-        if str(value) not in numbers:
+    known: Sequence[Any] = names
+    if np.issubdtype(getattr(labels, "dtype", object), np.integer):
+        known, labels, what = range(len(names)), np.asarray(labels).tolist(), f"{what} number"
+    numbers = {str(label): i for i, label in enumerate(known)}
+    found = np.empty(len(labels), np.int32)
+    for i, label in enumerate(labels):
+        if str(label) not in numbers:
             raise FederationError(
-                f"{where}, row {i}: field {field!r} has the value {value!r}, which is outside the "
-                f"label set; {near_match(str(value), numbers)}"
+                f"{where}, row {i}: {what} {label!r}, which is outside the label set; "
+                f"{near_match(str(label), names)}"
             )
-        labels[i] = numbers[str(value)]
-    return labels
+        found[i] = numbers[str(label)]
+    return found
 
 
 def encode_targets(

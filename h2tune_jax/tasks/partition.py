@@ -124,8 +124,8 @@ def partition_pathological(
 ) -> Parts:
     """Give every client exactly so many classes; a class is shared out evenly among its holders.
 
-    Classes are held by equally many clients, but for one. Every class is held by someone: fewer
-    places than classes is an error, as is a class with fewer rows than holders.
+    Classes' numbers of holders differ by one at most. Every class is held by someone: fewer places than
+    classes is an error, as is a class with fewer rows than holders.
     """
     classes = _rows_of_classes(labels)
     names = list(classes)

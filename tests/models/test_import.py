@@ -19,7 +19,9 @@ from h2tune_jax.models import (
     load_hf,
     load_tokenizer,
 )
+from h2tune_jax.models.load_gguf import read_config as read_gguf_config
 from h2tune_jax.models.load_gguf import unpermute
+from h2tune_jax.models.load_hf import read_config as read_hf_config
 from h2tune_jax.types import FederationError
 
 
@@ -52,7 +54,7 @@ def test_a_written_folder_reads_back_exactly(arch, tmp_path):
     model, base = tiny_base(arch)
     export_merged(tmp_path, model, base)
     again, read = load_hf(tmp_path)
-    assert again.config == model.config
+    assert again.config == model.config == read_hf_config(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, base, read)
 
 
@@ -169,6 +171,11 @@ def test_missing_tensor(folder):
 def test_missing_output_matrix(folder):
     edit_tensors(folder, lambda t: t.pop("lm_head.weight"))
     refuses(folder, r"tensor 'lm_head\.weight' is missing")
+    with pytest.raises(FederationError, match=r"tensor 'lm_head\.weight' is missing"):
+        read_hf_config(folder)
+    edit_config(folder, architectures=["LlamaModel"])
+    assert load_hf(folder)[0].config == read_hf_config(folder)
+    assert read_hf_config(folder).unembed == "none"
 
 
 def test_unexpected_tensor(folder):
@@ -275,6 +282,7 @@ def test_small_gguf(tmp_path):
     model, read = load_gguf(file)
     jax.tree.map(np.testing.assert_array_equal, base, read)
     assert model.spec == build(model.config).spec
+    assert read_gguf_config(file) == model.config
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(FederationError, match="truncated"):
@@ -291,6 +299,9 @@ def test_gguf_refusals(tmp_path):
         write_gguf(file, **options)
         with pytest.raises(FederationError, match=message):
             load_gguf(file)
+    # The file of the last case: its frequencies belong to the config.
+    with pytest.raises(FederationError, match=r"'rope_freqs\.weight' is none"):
+        read_gguf_config(file)
 
 
 def test_gguf_llama3_frequencies(tmp_path):
@@ -316,6 +327,7 @@ def test_gguf_llama3_frequencies(tmp_path):
         object.__setattr__(model.config, "rope_theta", CONFIGS["llama"]["rope_theta"])
     read, _ = load_gguf(tmp_path / "x.gguf")
     assert dict(read.config.rope_scaling) == scaling
+    assert read_gguf_config(tmp_path / "x.gguf") == read.config
 
 
 def test_smollm2_tokenizer(smollm2):

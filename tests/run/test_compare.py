@@ -7,7 +7,9 @@ import pytest
 from rich.console import Console
 from tiny_run import tiny_config
 
+from h2tune_jax.bench import machine
 from h2tune_jax.run import compare as comparing
+from h2tune_jax.run import memory
 from h2tune_jax.run.compare import (
     begun_together,
     compare,
@@ -185,6 +187,22 @@ def test_how_many_fit(data, monkeypatch):
     assert comparing.room_for(host, federation, 5) == 1
     monkeypatch.setattr(comparing, "free_memory", lambda: None)
     assert comparing.room_for(config, federation, 5) == 1
+
+
+def test_free_memory_counts_what_the_system_would_give_up(tmp_path, monkeypatch):
+    """A cache of files is no memory in use."""
+    (tmp_path / "meminfo").write_text(
+        "MemFree:  100 kB\nMemAvailable:   5000 kB\nCached: 4000 kB\n"
+    )
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    assert comparing.free_memory() == machine.free_memory() == 5_120_000
+
+    def refuse(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "nowhere")
+    monkeypatch.setattr(memory.os, "sysconf", refuse)
+    assert comparing.free_memory() is None
 
 
 def test_another_config_is_refused_before_anything_runs(compared, data):

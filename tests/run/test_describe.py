@@ -9,7 +9,7 @@ import tiny_run
 
 import h2tune_jax as h2
 from h2tune_jax.run.catalog import build_method
-from h2tune_jax.run.config import parse_config
+from h2tune_jax.run.config import PruneConfig, make_config, parse_config
 from h2tune_jax.run.describe import count_sampled, describe, format_description
 from h2tune_jax.run.federation import build_federation
 from h2tune_jax.types import FederationError
@@ -48,11 +48,40 @@ def test_agrees_with_a_real_round(folder):
     assert what.memory["frozen bases"] == total(federation.bases)
     assert what.memory["clients' state"] == total(state.clients)
     assert what.memory["server's state"] == total(state.server)
-    assert what.memory["data"] == total((federation.train, federation.test))
+    # Clients of a group are tested on the same rows, which are there once.
+    tested = [jax.tree.map(lambda leaf: leaf[0], data.examples) for data in federation.test]
+    counted = [data.num_examples for data in federation.test]
+    assert what.memory["data"] == total((federation.train, tested, counted))
     # At most the client's kinds of G travel: L slots x Ki kinds x R x R, in float32.
     assert [group.bytes_up for group in what.groups] == [3 * 2 * 16 * 4, 3 * 1 * 16 * 4]
     assert what.bytes_up == 2 * 384 + 3 * 192
     assert what.memory_total == sum(what.memory.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "up", "down"),
+    [
+        # A and B of rank 2: two layers of q and up (8 x 8, 8 x 12).
+        ("fedit", {}, 2 * 2 * (16 + 20), 2 * 2 * (16 + 20)),
+        # A is drawn once and sent at first contact.
+        ("ffa_lora", {}, 2 * 2 * (8 + 12), 2 * 2 * (8 + 12)),
+        # L x Ki x R x R; neither the basis, sent at first contact, nor the mean beside a G of its own.
+        # Up go the entries that were selected, all at most, and a signature: a number a text, and one.
+        ("h2tune", {"preset": "common", "shared_rank": 8, "core_rank": 8}, 2 * 2 * 64 + 5, 2 * 2 * 64),
+        # At most, as ranks may shrink.
+        ("hetlora", {}, 2 * 2 * (16 + 20), 2 * 2 * (16 + 20)),
+    ],
+)  # fmt: skip
+def test_traffic_leaves_out_what_is_sent_once(folder, method, options, up, down):
+    settings = tiny_run.tiny_config(folder).model_dump()
+    probe = {"data": str(folder / "words.jsonl"), "count": 4, "max_length": 12}
+    config = make_config({
+        **settings, "groups": settings["groups"][:1], "probe": probe,
+        "method": {"name": method, **options},
+    })  # fmt: skip
+    (group,) = describe(config).groups
+    assert group.bytes_down == 4 * down
+    assert group.bytes_up == 4 * up
 
 
 def test_no_program_of_the_federation_is_compiled(folder, caplog):
@@ -72,6 +101,34 @@ def test_microbatches_and_the_client_axis_move_the_estimate(folder):
     assert step("groups.*.budget.batch_size=8") > 1.5 * whole
     assert step("groups.*.budget.batch_size=8", "groups.*.budget.microbatches=2") == whole
     assert step("engine.client_axis=vmap") > step("engine.client_axis=2") > whole
+
+
+def test_pruned_groups_are_what_they_are_when_loaded(folder):
+    """Two groups on one pruned model, one on another of its depths: all have the same embeddings."""
+    narrow = local(folder).groups[0]
+    depths = ({"first": 1}, {"first": 1}, {"layers": (1,)}, None)
+    groups = tuple(
+        narrow.model_copy(
+            update={
+                "name": f"g{i}",
+                "model": narrow.model.model_copy(
+                    update={"prune": None if depth is None else PruneConfig(**depth)}
+                ),
+            }
+        )
+        for i, depth in enumerate(depths)
+    )
+    config = local(folder).model_copy(update={"groups": groups})
+    bases = build_federation(config).bases
+    distinct = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(bases)}
+    layers = {id(leaf): leaf.nbytes for base in bases for leaf in jax.tree.leaves(base["layers"])}
+    rest = sum(leaf.nbytes for leaf in jax.tree.leaves({**bases[0], "layers": None}))
+    # A whole model of two layers, and one layer twice.
+    assert sum(layers.values()) == 2 * sum(
+        leaf.nbytes for leaf in jax.tree.leaves(bases[3]["layers"])
+    )
+    assert sum(distinct.values()) == rest + sum(layers.values())
+    assert describe(config).memory["frozen bases"] == sum(distinct.values())
 
 
 def test_pruned_groups_are_counted_once(folder):

@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from safetensors.numpy import load_file, save_file
+from tiny import tiny_base
 
 import h2tune_jax as h2
+from h2tune_jax import aggregate
+from h2tune_jax.models import export_merged, load_hf, prune_depth
 from h2tune_jax.models.model import base_shapes
 from h2tune_jax.run.byte_tokenizer import ByteTokenizer
 from h2tune_jax.run.catalog import build_method
@@ -121,6 +125,79 @@ def test_pruned_groups_share_the_whole_model(folder):
     assert [spec.model.num_layers for spec in federation.specs] == [2, 1]
     shapes = build_federation(config, weights=False)
     assert shapes.bases[1]["layers"]["mlp"]["up"]["w"].shape == (1, 8, 12)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_groups_on_one_pruned_model_share_its_layers(folder, weights):
+    task = {"data": str(folder / "words.jsonl"), "train": 4, "test": 4, "max_length": 8}
+    config = one_group(folder, task, prune={"first": 1})
+    (group,) = config.groups
+    twin = group.model_copy(update={"name": "twin"})
+    federation = build_federation(
+        config.model_copy(update={"groups": (group, twin)}), weights=weights
+    )
+    for one, other in zip(*map(jax.tree.leaves, federation.bases), strict=True):
+        assert one is other
+
+
+def checkpoints(folder, *names):
+    """Write two checkpoints of one config, with other weights each: -> their folders."""
+    model, base = tiny_base("bert")
+    for place, name in enumerate(names):
+        scale = lambda leaf, place=place: (1 + place) * leaf
+        export_merged(folder / name, model, jax.tree.map(scale, base))
+    return [str(folder / name) for name in names]
+
+
+def of_sources(folder, *models):
+    """A config of a group on each of some models."""
+    task = {"data": str(folder / "words.jsonl"), "train": 4, "test": 4, "max_length": 8}
+    groups = [
+        {"name": f"g{i}", "rank": 2, "task": task, "model": {"tokenizer": "bytes", **model}}
+        for i, model in enumerate(models)
+    ]
+    return make_config({"rounds": 1, "method": {"name": "local"}, "groups": groups})
+
+
+def test_two_checkpoints_of_one_config_are_two_architectures(folder, tmp_path):
+    one, other = checkpoints(tmp_path, "plain", "tuned")
+    (tmp_path / "again").symlink_to(one)
+    again, short = str(tmp_path / "again"), {"first": 1}
+    config = of_sources(
+        folder, {"source": one}, {"source": other}, {"source": again},
+        {"source": one, "prune": short}, {"source": again, "prune": short},
+    )  # fmt: skip
+    federation = build_federation(config)
+    assert [*aggregate.architectures(federation.specs).values()] == [(0, 2), (1,), (3, 4)]
+    for spec, group in zip(federation.specs, federation.groups):
+        assert group.model is not None
+        assert group.model.spec == spec.model
+    assert build_federation(config, weights=False).specs == federation.specs
+    # Where the checkpoints lie, and which group comes first, is no part of the names.
+    config = of_sources(
+        folder, *({"source": x} for x in checkpoints(tmp_path / "x", "tuned", "plain"))
+    )
+    names = [spec.model.name for spec in federation.specs]
+    assert [s.model.name for s in build_federation(config, weights=False).specs] == names[1::-1]
+
+
+def test_a_model_of_one_source_keeps_its_name(folder, tmp_path):
+    """Its name is folded into random keys: what runs drew before they would draw no more."""
+    one, other = checkpoints(tmp_path, "plain", "tuned")
+    config = of_sources(folder, {"source": one}, {"source": other, "prune": {"first": 1}})
+    models = load_hf(one)[0], prune_depth(*load_hf(other), first=1)[0]
+    for spec, model in zip(build_federation(config).specs, models):
+        assert spec.model == model.spec
+
+
+def test_what_is_described_without_weights_is_refused_as_with_them(folder, tmp_path):
+    """A causal model whose output matrix is missing."""
+    place = export_merged(tmp_path / "llama", *tiny_base("llama"))
+    tensors = load_file(place / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "lm_head" not in k}, place / "model.safetensors")
+    for weights in (True, False):
+        with pytest.raises(FederationError, match=r"group 'g0': .*'lm_head\.weight' is missing"):
+            build_federation(of_sources(folder, {"source": str(place)}), weights=weights)
 
 
 def test_images(folder, monkeypatch):

@@ -13,11 +13,13 @@ from toy_run import run_with as run
 import h2tune_jax as h2
 from h2tune_jax.run import checkpoint, moments
 from h2tune_jax.run.events import Finished, RoundDone, Saved, Started
+from h2tune_jax.run.feed import Feed
 from h2tune_jax.run.folder import RunFolder
 from h2tune_jax.run.loop import last_means
 from h2tune_jax.run.programs import Programs
 from h2tune_jax.run.records import read_lines
 from h2tune_jax.run.row_store import read_clients
+from h2tune_jax.run.scalars import scalars_of
 
 programs = pytest.fixture(toy_run.programs, scope="module")
 
@@ -230,6 +232,49 @@ def test_clients_without_any_state_have_rows_too(tmp_path):
         records[kind] = toy_run.run(tmp_path / kind, config, **options).records
         assert all(ok for _, ok, _ in checkpoint.verify(tmp_path / kind))
     assert records["device"] == records["host"] == records["file"]
+
+
+def test_a_client_without_test_rows_is_left_out_of_every_mean(programs):
+    federation = toy_run.federation()
+    narrow, wide = federation.test
+    counts = np.where(np.arange(5) == 1, 0, narrow.num_examples).astype(np.int32)
+    federation = federation._replace(test=(narrow._replace(num_examples=counts), wide))
+    result = run(programs, None, federation=federation)
+    last = result.records[-1]
+    tested = {name: one["accuracy"] for name, one in last["evaluation"]["trained"].items()}
+    assert [value is None for value in tested["narrow"]] == [False, True, False, False, False]
+    ours = np.mean([value for value in tested["narrow"] if value is not None])
+    assert result.final["trained"]["narrow"]["accuracy"] == pytest.approx(ours)
+    assert scalars_of(last, {})["trained/narrow/accuracy"] == pytest.approx(ours)
+    both = (ours + np.mean(tested["wide"])) / 2
+    assert moments.score(last, "accuracy", "trained") == pytest.approx(both)
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+def test_a_base_that_groups_share_is_placed_once(cpu_devices, devices):
+    base, other = toy.make_bases()
+    shared = {**other, "embed": base["embed"]}
+    made, config = toy_run.federation(), toy_run.config(engine={"devices": devices})
+    placed = Programs(toy_run.method(), made.specs, (base, base, shared), None, config).bases
+    toy.assert_trees_equal(placed, (base, base, shared))
+    assert placed[1]["q"] is placed[0]["q"]
+    assert placed[2]["embed"] is placed[0]["embed"]
+    assert len(placed[2]["q"].devices()) == (devices or 1)
+
+
+@pytest.mark.parametrize("ids", [range(40), range(8), (3, 39)])
+def test_rows_that_all_clients_share_lie_on_the_device_once(programs, ids):
+    rows = np.arange(64, dtype=np.float32).reshape(16, 4)
+    shared = np.broadcast_to(rows[None], (40, 16, 4))
+    held = np.where(np.arange(40) < 39, 16, 7).astype(np.int32)
+    feed = Feed(programs, (h2.ClientData({"x": shared}, held),), on_device=True)
+    before = sum(array.nbytes for array in jax.live_arrays())
+    for _ in range(2):
+        found = feed.take(0, np.asarray(ids, np.int32))
+        np.testing.assert_array_equal(found.examples["x"], shared[np.asarray(ids)])
+        np.testing.assert_array_equal(found.num_examples, held[np.asarray(ids)])
+        del found
+    assert sum(array.nbytes for array in jax.live_arrays()) - before == rows.nbytes + held.nbytes
 
 
 @pytest.mark.slow

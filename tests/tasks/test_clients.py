@@ -2,12 +2,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h2tune_jax.tasks import clients
+from h2tune_jax.tasks import clients, encoding
 from h2tune_jax.types import FederationError
 
 
@@ -96,8 +97,30 @@ def test_holdings_as_a_table():
     same = clients.count_holdings({"a": PARTS[0], "b": PARTS[1]}, np.array([1, 0, 1, 0, 0]), "xy")
     np.testing.assert_array_equal(same, counts)
     assert clients.format_holdings(counts, ["no", "yes"], client_names=["ann", "bob"]) == TABLE
-    with pytest.raises(FederationError, match="row 0: the label 'maybe' is outside the label set"):
-        clients.count_holdings(PARTS, ["maybe"], ["no", "yes"])
+
+
+def test_holdings_number_labels_as_training_does():
+    names, raw = ("1", "2"), [1, 2, "2", 1, 1]
+    numbered = encoding.encode_labels([{"label": label} for label in raw], names)
+    np.testing.assert_array_equal(numbered, [0, 1, 1, 0, 0])
+    for labels in (raw, numbered, jnp.asarray(numbered)):
+        counts = clients.count_holdings(PARTS, labels, names)
+        np.testing.assert_array_equal(counts, [[1, 2], [2, 0]])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["no", "maybe"], "data, row 1: the label 'maybe', which is outside the label set"),
+        # A list holds names: 0 is none of them.
+        ([0], "data, row 0: the label 0, which is outside the label set"),
+        (np.array([1, 2]), "data, row 1: the label number 2, which is outside the label set"),
+        (np.array([-1]), "data, row 0: the label number -1, which is outside the label set"),
+    ],
+)
+def test_holdings_of_labels_outside_the_set(labels, message):
+    with pytest.raises(FederationError, match=message):
+        clients.count_holdings(PARTS, labels, ["no", "yes"])
 
 
 def test_holdings_as_a_plot(tmp_path):
