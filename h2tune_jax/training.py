@@ -137,6 +137,20 @@ def run_steps(
     return carry, {**means, "steps": num_steps}
 
 
+def widen(parts: PyTree) -> PyTree:
+    """Give parts the dtype that they are trained in within a round: float32 at least.
+
+    In bfloat16 0.999 is 1, so that Adam's second moment never decays, and a step below half a unit in
+    the last place is lost. Parts of 32 bits and more are what they were.
+    """
+    return jax.tree.map(lambda leaf: leaf.astype(at_least_float32(leaf.dtype)), parts)
+
+
+def narrow(parts: PyTree, like: PyTree) -> PyTree:
+    """Give parts that were widened the dtypes of `like` again: for a loss function, and to be kept."""
+    return jax.tree.map(lambda leaf, own: leaf.astype(own.dtype), parts, like)
+
+
 def descend(
     optimizer: optax.GradientTransformation,
     grads: PyTree,
@@ -152,7 +166,7 @@ def descend(
     `optimizer` has no learning rate of its own (`optax.scale_by_adam()`, `optax.identity()`): rates are
     arrays, so that runs can be mapped over them. `rates` and `decay` are prefixes of `params`. `keep`
     has a mask a leaf, or None: where it is False the parameter stays as it is, whatever the optimiser's
-    moments say.
+    moments say. All is computed in the dtypes of `params`: see `widen`.
     """
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         updates, state = optimizer.update(grads, state, params)

@@ -75,6 +75,9 @@ class ModelSpec:
       sites: for each kind the (D, F) of its frozen weight; any mapping or pairs, kept as pairs.
       layer_outputs_fn: (base, probe) -> [Li, n, d], one row a probe text; only H2Tune's `cka` relation
         and its `similarity="data"` ask for it, and `ce_lora`; the last two give it a client's examples.
+      first_layer_fn: (base, probe) -> [n, d], the first layer's part of `layer_outputs_fn`, for those who
+        can have it without the layers behind it: `similarity="data"` asks for no more. None: the first
+        of all.
       site_activations_fn: (base, probe) -> {kind: (inputs [Li, n, D], outputs [Li, n, F])}, one row
         a probe text; only the `anchored` basis and `co_lora` ask for it.
       site_weights_fn: base -> {kind: [Li, D, F]}, the frozen weights as used in x @ W; only the
@@ -89,6 +92,7 @@ class ModelSpec:
     num_layers: int
     sites: Any  # given as Mapping[str, tuple[int, int]]; kept as tuple[tuple[str, int, int], ...]
     layer_outputs_fn: Callable[[PyTree, PyTree], Array] | None = None
+    first_layer_fn: Callable[[PyTree, PyTree], Array] | None = None
     site_activations_fn: Callable[[PyTree, PyTree], dict[str, tuple[Array, Array]]] | None = None
     site_weights_fn: Callable[[PyTree], dict[str, Array]] | None = None
     places: Places | None = None
@@ -120,6 +124,13 @@ class ModelSpec:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The (D, F) of every kind, in canonical order."""
         return {kind: (d, f) for kind, d, f in self.sites}
+
+    def first_layer(self, base: PyTree, probe: PyTree) -> Array:  # [n, d]
+        """Return what leaves the first layer; for models that declare a function that says so."""
+        if self.first_layer_fn is not None:
+            return self.first_layer_fn(base, probe)
+        assert self.layer_outputs_fn is not None  # refused by a method's `check`
+        return self.layer_outputs_fn(base, probe)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +172,8 @@ class CohortSpec:
       head_rate_factor: multiplies the method's rate of task heads for this cohort.
       alpha: adapters are scaled by alpha / rank.
       dropout: adapter dropout rate, on the input of A.
-      dtype: of every adapter parameter.
+      dtype: of every adapter parameter as it is held, sent and given to `loss_fn`; within a round 16 bits
+        are trained in float32.
       kernels: what computes the adapted products: "auto" (Triton on CUDA where it is installed, XLA
         elsewhere), "triton" (an error where it cannot be had) or "xla".
     """

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import toy
 
@@ -61,3 +62,105 @@ def test_x64_with_strict_promotion_and_shuffled_data():
         state = h2.init_round(method, specs, bases, None, jax.random.key(0))
         round_fn = h2.make_round(method, specs)
         jax.eval_shape(round_fn, state, bases, data, None, None, method.hyper, np.uint32(0))
+
+
+PURE = {"core": "pure", "train_relation": False, "lambda_norm": None}
+
+
+def one_client(loss_fn, *, steps, pulls=(1.0,), sites=("q",)):
+    """One bfloat16 client of one layer, whose batches hold one number each, in order."""
+    spec = h2.CohortSpec(
+        name="one",
+        num_clients=1,
+        model=h2.ModelSpec(num_layers=1, sites=dict.fromkeys(sites, (1, 1))),
+        rank=1,
+        loss_fn=loss_fn,
+        init_head_fn=lambda key: jnp.ones((), jnp.bfloat16),
+        budget=h2.Budget(batch_size=1, steps=steps, shuffle=False),
+        dtype="bfloat16",
+    )
+    return (spec,), (h2.ClientData(jnp.asarray([pulls], jnp.bfloat16), jnp.asarray([len(pulls)])),)
+
+
+def one_round(method, specs, data):
+    state = h2.init_round(method, specs, ((),), None, jax.random.key(0))
+    run = h2.make_round(method, specs, donate=False)
+    after, metrics = run(state, ((),), data, None, None, method.hyper, toy.SEED)
+    assert metrics.rejected == {"one": 0}
+    return state, after
+
+
+def first(tree):
+    return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def slope_of_one(adapters, base, batch, key):
+    """A loss whose gradient is 1 in every entry, of parts in bfloat16."""
+    leaves = jax.tree.leaves(adapters)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in leaves)
+    return sum((leaf.astype(jnp.float32).sum() for leaf in leaves), jnp.zeros(())), {}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        h2.fedavg,
+        h2.local,
+        lambda **options: h2.h2tune(**options, **PURE, alternation="joint"),
+        lambda **options: h2.h2tune(**options, **PURE, warmup_rounds=0, lambda_distil=None),
+    ],
+    ids=["fedavg", "local", "h2tune-joint", "h2tune-halves"],
+)
+def test_16_bit_parts_move_by_steps_below_half_a_unit_in_the_last_place(make):
+    # Below 1 bfloat16 has steps of 2^-8: one of 2^-10 alone is lost there, 1024 of them are 1.
+    specs, data = one_client(slope_of_one, steps=1024, sites=() if make is h2.fedavg else ("q",))
+    method = make(learning_rate=2**-10, optimizer=optax.identity())
+    old, new = (
+        jax.tree.leaves(method.adapters(specs[0], state.server, first(state.clients[0]), None))
+        for state in one_round(method, specs, data)
+    )
+    for before, after in zip(old, new, strict=True):
+        exact = np.asarray(before, float) - 1
+        np.testing.assert_array_equal(after, jnp.asarray(exact, jnp.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedit", "h2tune"])
+def test_the_proximal_pull_sees_such_steps_too(name):
+    # d <- d - rate (1 + mu d), so that after k steps d = -(1 - (1 - rate mu)^k) / mu.
+    moved = -(1 - (1 - 2**-10) ** 1024)
+    specs, data = one_client(slope_of_one, steps=1024, sites=() if name == "fedavg" else ("q",))
+    options = {**PURE, "alternation": "joint"} if name == "h2tune" else {}
+    method = getattr(h2, name)(learning_rate=2**-10, optimizer=optax.identity(), **options)
+    states = one_round(h2.proximal(method, mu=1.0), specs, data)
+    old, new = (
+        jax.tree.leaves([getattr(state.server, field) for field in method.shared])
+        for state in states
+    )
+    for before, after in zip(old, new, strict=True):
+        assert after.dtype == jnp.bfloat16
+        np.testing.assert_allclose(
+            np.asarray(after, float), np.asarray(before, float) + moved, rtol=2**-8
+        )
+
+
+@pytest.mark.parametrize("name", ["local", "h2tune"])
+def test_16_bit_second_moments_decay(name):
+    """After one gradient of 1 Adam's are 0.001 * 0.999^k; 0.999 itself is 1 in bfloat16."""
+
+    def first_alone(adapters, base, batch, key):
+        loss, metrics = slope_of_one(adapters, base, batch, key)
+        return (batch.examples.astype(jnp.float32) * loss).sum(), metrics
+
+    options = {"optimizer_state": "kept", "learning_rate": 1e-6}
+    if name == "h2tune":
+        options |= {**PURE, "alternation": "joint"}
+    specs, data = one_client(first_alone, steps=100, pulls=(1.0,) + (0.0,) * 99)
+    method = getattr(h2, name)(**options)
+    _, after = one_round(method, specs, data)
+    (client,) = after.clients
+    states = (client.opt,) if name == "local" else (client.shared_opt, client.own_opt)
+    moments = jax.tree.leaves([opt.nu for opt in states])
+    assert {leaf.dtype.name for leaf in moments} == {"float32"}
+    # The head's, whose gradient was 1.
+    head = states[-1].nu["head"]
+    np.testing.assert_allclose(head, [0.001 * 0.999**99], rtol=1e-5)

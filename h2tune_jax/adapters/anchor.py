@@ -2,7 +2,9 @@
 
 A reference model has random orthonormal factors A_ref [Dr, R] and B_ref [R, Fr] at a site. Another
 model's are fitted from the activations of both on the same texts, as Co-LoRA does (FedMosaic, ICLR
-2026): A by ridge regression and its polar factor, B by the map of canonical correlation analysis.
+2026): A by ridge regression and its polar factor, B by the map of canonical correlation analysis. It
+departs from Co-LoRA in that B comes of covariances, not of Gram matrices with an absolute 1e-4 on the
+diagonal, that ridges are relative to the activations' mean variance, and that inputs are centred, too.
 Rows of the activations are aligned: the same token, or the mean over the same sentence.
 """
 

@@ -141,13 +141,14 @@ def _compile(
     axis = int(case.axis) if case.axis.isdigit() else case.axis
     make: Any = lambda: h2.make_round(load.method, load.specs, client_axis=axis, mesh=mesh)
     rest = (load.base_shapes,), (load.data_shapes,), (None,), (None,), load.method.hyper
-    seconds, round_fn, program = [], make(), None
+    seconds, round_fn, program = [], None, None
     for _ in range(compiles):
         began = time.perf_counter()
         round_fn = make()
         program = round_fn.lower(state, *rest, np.uint32(0)).compile()
         seconds.append(time.perf_counter() - began)
-    assert program is not None  # at least one compilation
+    assert round_fn is not None  # at least one compilation
+    assert program is not None
     planned = planned_bytes(program, (state, *rest))
     _refuse_too_large(planned, "a round's arguments and temporaries")
     # A compiled program takes arrays as they were described, and a mesh spreads them.

@@ -15,7 +15,7 @@ from h2tune_jax import aggregate
 from h2tune_jax.check import check_positive
 from h2tune_jax.method import FederatedMethod
 from h2tune_jax.methods.traffic import traffic
-from h2tune_jax.training import descend, run_steps, scalar_metrics
+from h2tune_jax.training import descend, narrow, run_steps, scalar_metrics, widen
 from h2tune_jax.types import Adapters, Array, Download, FederationError, PyTree, Specs, fold_name
 
 
@@ -65,7 +65,8 @@ def fedavg(
         spec, key, base, client, download, data, hyper, round_index, *, drift_fn=None
     ):
         del round_index
-        start = download.common
+        sent = download.common
+        start = widen(sent)  # where local training begins: at least float32
         drift = (lambda params: 0.0) if drift_fn is None else lambda params: drift_fn(params, start)
 
         def step_fn(carry, batch, key, step, num_steps):
@@ -73,7 +74,7 @@ def fedavg(
             params, opt = carry
 
             def objective(params):
-                loss, metrics = spec.loss_fn(Adapters({}, params), base, batch, key)
+                loss, metrics = spec.loss_fn(Adapters({}, narrow(params, sent)), base, batch, key)
                 return loss + jnp.asarray(drift(params), loss.dtype), (loss, metrics)
 
             grads, (loss, metrics) = jax.grad(objective, has_aux=True)(params)
@@ -83,7 +84,8 @@ def fedavg(
 
         carry = start, optimizer.init(start)
         (params, _), metrics = run_steps(spec.budget, key, data, carry, step_fn)
-        return client, params, {**metrics, **traffic(up=params, down=start)}
+        trained = narrow(params, sent)
+        return client, trained, {**metrics, **traffic(up=trained, down=sent)}
 
     def server_aggregate(
         specs, key, server, bases, probe, uploads, weights, client_ids, round_index

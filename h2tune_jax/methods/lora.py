@@ -20,7 +20,15 @@ from h2tune_jax.check import check_choice, check_not_negative, check_positive
 from h2tune_jax.method import DriftFn, FederatedMethod
 from h2tune_jax.methods.start import Parts, init_factors, init_params
 from h2tune_jax.methods.traffic import traffic
-from h2tune_jax.training import Schedule, descend, pace, run_steps, scalar_metrics
+from h2tune_jax.training import (
+    Schedule,
+    descend,
+    narrow,
+    pace,
+    run_steps,
+    scalar_metrics,
+    widen,
+)
 from h2tune_jax.types import (
     Adapters,
     Array,
@@ -97,7 +105,7 @@ class Training:
 
     def start(self, parts: Parts) -> PyTree:
         """Return what a client's state keeps of the optimiser at its start."""
-        return self.transform.init(parts) if self.kept else ()
+        return self.transform.init(widen(parts)) if self.kept else ()
 
 
 def assemble(
@@ -139,6 +147,9 @@ def train(
 ) -> tuple[Parts, PyTree, dict[str, Array]]:
     """Run one client's local steps of a round: -> (trained parts, optimiser state to keep, metrics).
 
+    Parts of 16 bits are trained in float32 (`widen`): the adapters are put together from parts in their own
+    dtypes, penalty, gradients and optimiser see the wide ones, and what is returned is narrow again.
+
     Args:
       training: the method's options.
       spec: the client's cohort.
@@ -149,20 +160,20 @@ def train(
       params: the parts that are trained, as they stand at the start.
       opt: the kept optimiser state; not looked at where it restarts.
       adapters_fn: trained parts -> adapters; closes over what is frozen.
-      penalty_fn: trained parts -> a scalar that is added to the loss.
+      penalty_fn: trained parts, wide -> a scalar that is added to the loss.
       keep: as in `descend`: masks outside of which nothing moves.
     """
     head_rate = spec.head_rate_factor * hyper.head_rate
 
     def step_fn(carry, batch, key, step, num_steps):
-        params, opt = carry
+        wide, opt = carry
 
-        def objective(params: Parts) -> tuple[Array, tuple[Array, Metrics]]:
-            loss, metrics = spec.loss_fn(adapters_fn(params), base, batch, key)
-            total = loss if penalty_fn is None else loss + penalty_fn(params).astype(loss.dtype)
+        def objective(wide: Parts) -> tuple[Array, tuple[Array, Metrics]]:
+            loss, metrics = spec.loss_fn(adapters_fn(narrow(wide, params)), base, batch, key)
+            total = loss if penalty_fn is None else loss + penalty_fn(wide).astype(loss.dtype)
             return total, (loss, metrics)
 
-        grads, (loss, metrics) = jax.grad(objective, has_aux=True)(params)
+        grads, (loss, metrics) = jax.grad(objective, has_aux=True)(wide)
         rates = {
             name: pace(
                 head_rate if name == "head" else hyper.learning_rate,
@@ -173,13 +184,14 @@ def train(
             for name in params
         }
         decay = dict.fromkeys(params, hyper.weight_decay)
-        params, opt = descend(training.transform, grads, opt, params, rates, decay=decay, keep=keep)
+        wide, opt = descend(training.transform, grads, opt, wide, rates, decay=decay, keep=keep)
         seen = scalar_metrics(f"cohort {spec.name!r}", metrics)
-        return (params, opt), {**seen, "loss": loss}
+        return (wide, opt), {**seen, "loss": loss}
 
-    carry = params, opt if training.kept else training.transform.init(params)
-    (params, opt), metrics = run_steps(spec.budget, key, data, carry, step_fn)
-    return params, opt if training.kept else (), metrics
+    wide = widen(params)
+    carry = wide, opt if training.kept else training.transform.init(wide)
+    (wide, opt), metrics = run_steps(spec.budget, key, data, carry, step_fn)
+    return narrow(wide, params), opt if training.kept else (), metrics
 
 
 def drift_penalty(
@@ -188,7 +200,8 @@ def drift_penalty(
     """Give the penalty on the parts named in `start`: their drift from where they were downloaded."""
     if drift_fn is None:
         return None
-    return lambda params: drift_fn({name: params[name] for name in start}, start)
+    wide = widen(start)
+    return lambda params: drift_fn({name: params[name] for name in start}, wide)
 
 
 class LoraServer(NamedTuple):

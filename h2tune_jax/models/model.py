@@ -11,6 +11,7 @@
 Other entries are not looked at, so a batch may carry its labels along.
 """
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping
@@ -30,6 +31,8 @@ from h2tune_jax.models.tensors import get_leaf
 from h2tune_jax.types import Array, FederationError, ModelSpec, Places, PyTree
 
 Sites = Mapping[str, Any] | None
+
+_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 class Cache(NamedTuple):
@@ -189,7 +192,18 @@ def _build(config: ModelConfig, source: str) -> Model:
         )
 
     def layer_outputs_fn(base: PyTree, probe: Mapping) -> Array:  # [Li, n, d]
-        return activations_fn(base, probe).layers
+        return _by_example(lambda inputs: activations_fn(base, inputs).layers, probe)
+
+    def first_layer_fn(base: PyTree, probe: Mapping) -> Array:  # [n, d]
+        # Of two layers, where there are: XLA takes a loop of one apart, and may then round otherwise than
+        # for a deeper model that begins with the same layer.
+        few = min(config.num_layers, 2)
+        short = dataclasses.replace(
+            config, num_layers=few, windows=config.windows[:few], kept=(), kept_of=None
+        )
+        first = {**base, "layers": jax.tree.map(lambda leaf: leaf[:few], base["layers"])}
+        read = build(short).activations_fn
+        return _by_example(lambda inputs: read(first, inputs).layers, probe)[0]
 
     def site_activations_fn(base: PyTree, probe: Mapping) -> dict[str, tuple[Array, Array]]:
         seen = activations_fn(base, probe)
@@ -207,6 +221,7 @@ def _build(config: ModelConfig, source: str) -> Model:
             num_layers=config.num_layers,
             sites=site_shapes(config),
             layer_outputs_fn=layer_outputs_fn,
+            first_layer_fn=first_layer_fn,
             site_activations_fn=site_activations_fn,
             site_weights_fn=site_weights_fn,
             places=Places(config.kept, config.kept_of) if config.kept and config.kept_of else None,
@@ -222,6 +237,20 @@ def _build(config: ModelConfig, source: str) -> Model:
         step_fn=step_fn,
         activations_fn=activations_fn,
     )
+
+
+def _by_example(read_fn: Callable[[Mapping], Array], inputs: Mapping) -> Array:  # [..., n, d]
+    """Read texts [n, T] as they are; of a question's choices [n, Ch, T] take the mean."""
+    ids = inputs.get("input_ids")
+    if ids is None or ids.ndim != 3:
+        return read_fn(inputs)
+    flat = {
+        name: inputs[name].reshape(-1, *inputs[name].shape[2:])
+        for name in _TOKENS
+        if inputs.get(name) is not None
+    }
+    rows = read_fn(flat)
+    return rows.reshape(*rows.shape[:-2], *ids.shape[:2], rows.shape[-1]).mean(axis=-2)
 
 
 def base_shapes(config: ModelConfig) -> PyTree:
@@ -254,7 +283,7 @@ def _prepare(
             f"inputs: {ids.shape[1]} tokens are longer than the context, {config.max_positions}"
         )
     arrays = {}
-    for name in ("attention_mask", "token_type_ids", "position_ids"):
+    for name in _TOKENS[1:]:
         array = inputs.get(name)
         if array is not None and array.shape != ids.shape:
             raise FederationError(f"inputs: {name} has shape {array.shape}, input_ids {ids.shape}")

@@ -60,12 +60,17 @@ def everything(spec: CohortSpec, client: PyTree, gradient: PyTree) -> PyTree:
     return gradient
 
 
-def h2tune_trained(*, upload: str = "gradient", train_factors: bool = True) -> TrainedFn:
-    """Say what H2Tune trains: P on its support only (not at all under `transpose`), A and B if told to."""
+def h2tune_trained(
+    *, upload: str = "gradient", train_factors: bool = True, train_relation: bool = True
+) -> TrainedFn:
+    """Say what H2Tune trains: P on its support only (not at all under `transpose`), and P, A and B if
+    told to.
+    """
+    trains_relation = train_relation and upload == "gradient"
 
     def trained(spec: CohortSpec, client, gradient):
         del spec
-        moves = relation.support(client.relation) & (upload == "gradient")
+        moves = relation.support(client.relation) & trains_relation
         own = jnp.where(moves, gradient.relation, jnp.zeros_like(gradient.relation))
         gradient = gradient._replace(relation=own)
         if not train_factors:

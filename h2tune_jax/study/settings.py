@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from h2tune_jax.method import FederatedMethod
+from h2tune_jax.methods.h2tune import H2TuneOptions
 from h2tune_jax.methods.noise import noisy
 from h2tune_jax.study import problems
 from h2tune_jax.study.horizon import HyperFn, StepRule, set_rates
@@ -113,9 +114,9 @@ def build_method(setting: Setting) -> tuple[FederatedMethod, TrainedFn, HyperFn]
     trained: TrainedFn = everything
     options |= setting.method_options()
     if setting.method == "h2tune":
-        trained = h2tune_trained(
-            upload=options["upload"], train_factors=options.get("train_factors", True)
-        )
+        start = catalog.PRESETS["h2tune"].get(options.get("preset") or "", H2TuneOptions())
+        held = ("upload", "train_factors", "train_relation")
+        trained = h2tune_trained(**{name: options.get(name, getattr(start, name)) for name in held})
     method = catalog.build_method(MethodConfig(name=setting.method, **options))
     if setting.noise is None:
         return method, trained, set_rates

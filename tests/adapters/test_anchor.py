@@ -46,6 +46,33 @@ def test_a_wider_model_that_contains_the_reference_is_found():
     np.testing.assert_allclose(quality, 1, atol=1e-3)
 
 
+@pytest.mark.parametrize("ridge", [None, 0.1])
+def test_inputs_by_the_definition_in_float64(ridge):
+    # Directions that differ a hundredfold in size, off the origin: so the ridge, the centring and the
+    # polar factor all show.
+    sizes = np.array([10.0, 4.0, 1.0, 0.3, 0.1])
+    x = draw(0, 60, 5) * sizes @ rotation(1, 5) + draw(2, 5)
+    reference = x @ draw(3, 5, 6) + 2 * draw(4, 60, 6) + draw(5, 6)
+    a_ref = np.linalg.qr(draw(6, 6, 3))[0]
+    options = {} if ridge is None else {"ridge": ridge}
+    a, quality = anchor.fit_inputs(jnp.asarray(x), jnp.asarray(reference), a_ref, **options)
+
+    def fit(x, relative):
+        target = (reference - reference.mean(axis=0)) @ a_ref
+        own = relative * np.trace(x.T @ x) / 5 * np.eye(5)
+        left, _, right = np.linalg.svd(np.linalg.solve(x.T @ x + own, x.T @ target))
+        return left[:, :3] @ right, target
+
+    centred = x - x.mean(axis=0)
+    expected, target = fit(centred, 1e-3 if ridge is None else ridge)
+    np.testing.assert_allclose(a, expected, rtol=1e-3, atol=1e-4)
+    along = np.sum(centred @ expected * target) ** 2
+    share = along / np.sum(np.square(centred @ expected)) / np.sum(np.square(target))
+    np.testing.assert_allclose(quality, share, rtol=1e-4)
+    for other in (fit(centred, 0.0)[0], fit(centred, 1e-2)[0], fit(x, 1e-3)[0]):
+        assert np.abs(other - expected).max() > 0.02
+
+
 def test_unrelated_activations_explain_nothing():
     a_ref = anchor.orthonormal(jax.random.key(2), 6, 2)
     _, quality = anchor.fit_inputs(

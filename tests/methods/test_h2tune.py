@@ -14,6 +14,7 @@ from h2tune_jax.adapters import triple
 from h2tune_jax.methods.h2tune import state as h2tune_state
 from h2tune_jax.methods.h2tune import terms
 from h2tune_jax.methods.h2tune.options import make_options
+from h2tune_jax.tasks import losses
 
 
 def test_norms_and_their_gradient_at_zero():
@@ -73,6 +74,64 @@ def test_distillation_defaults_to_the_batch_mask():
     batch = h2.Batch({}, jnp.array([True, False]))
     term = terms.distil_term(jnp.zeros((2, 2)), {"logits": logits}, batch, "positions")
     np.testing.assert_allclose(term, terms.kl_divergence(jnp.zeros(2), logits[0]), rtol=1e-6)
+
+
+def softmax(logits):
+    soft = np.exp(logits - logits.max())
+    return soft / soft.sum()
+
+
+def test_a_class_that_is_masked_out_by_infinity_adds_nothing_to_distillation():
+    # Of four classes the second is absent in both; to the last the teacher alone gives nothing.
+    teacher, logits = np.array([0.3, -np.inf, -1.2, -np.inf]), np.array([-0.5, -np.inf, 0.8, 0.1])
+    p, q = softmax(teacher), softmax(logits)
+    kl = sum(p[i] * np.log(p[i] / q[i]) for i in (0, 2))
+    batch = h2.Batch({}, jnp.array([True]))
+    given = jnp.asarray(logits, jnp.float32)[None], jnp.asarray(teacher, jnp.float32)[None]
+    term = lambda logits, teacher: terms.distil_term(
+        teacher, {"logits": logits}, batch, "positions"
+    )
+    value, grads = jax.value_and_grad(term, argnums=(0, 1))(*given)
+    np.testing.assert_allclose(value, kl, rtol=1e-6)
+    # d/dz_j = q_j - p_j;  d/dt_j = p_j (log(p_j / q_j) - KL), 0 where p_j is.
+    of_teacher = [p[i] * (np.log(p[i] / q[i]) - kl) if p[i] else 0.0 for i in range(4)]
+    np.testing.assert_allclose(grads[0][0], q - p, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(grads[1][0], of_teacher, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("average", ["positions", "batch"])
+@pytest.mark.parametrize("anything", [np.inf, -np.inf, np.nan])
+def test_logits_that_do_not_count_may_be_anything_in_distillation(average, anything):
+    logits = np.array([[0.2, -0.4, 1.0], [0.5, 0.1, -2.0]])
+    teacher = np.array([[1.0, 0.0, -1.0], [0.3, 0.3, 0.3]])
+    logits[1, 1] = teacher[1, 2] = anything  # of the row that is padding
+    p, q = softmax(teacher[0]), softmax(logits[0])
+    batch = h2.Batch({}, jnp.array([True, False]))
+    given = jnp.asarray(logits, jnp.float32), jnp.asarray(teacher, jnp.float32)
+    term = lambda logits, teacher: terms.distil_term(teacher, {"logits": logits}, batch, average)
+    value, grads = jax.value_and_grad(term, argnums=(0, 1))(*given)
+    np.testing.assert_allclose(value, (p * np.log(p / q)).sum(), rtol=1e-6)
+    np.testing.assert_allclose(grads[0], [q - p, [0, 0, 0]], rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(grads[1][1], 0)
+
+
+def test_a_loss_that_masks_absent_classes_by_infinity_is_trained():
+    def only_two_of_three(adapters, base, batch, key):
+        site = jax.tree.map(lambda leaf: leaf[0], adapters.sites["q"])
+        logits = h2.adapted(batch.examples["x"], base, site) @ adapters.head
+        logits = logits + jnp.array([[0.0, 0.0, -jnp.inf]])
+        logits = logits + jnp.where(batch.mask, 0.0, jnp.nan)[:, None]  # rows that fill a batch up
+        return losses.classification(logits, batch.examples["y"], batch.mask)
+
+    method = h2.h2tune(learning_rate=0.02, warmup_rounds=0)  # distils by default
+    spec = toy.cohort("only", width=6, depth=1, rank=2, kinds=("q",), classes=3, num_clients=3)
+    specs = (dataclasses.replace(spec, loss_fn=only_two_of_three),)
+    bases, data = (jnp.eye(6),), toy.make_data(toy.make_specs())[1:]
+    state = toy.stir(h2.init_round(method, specs, bases, None, jax.random.key(0)))
+    args = bases, data, None, None, method.hyper, toy.SEED
+    _, metrics = h2.make_round(method, specs)(state, *args)
+    assert metrics.rejected == {"only": 0}
+    assert (np.asarray(metrics.clients["only"]["distil"]) > 0).all()
 
 
 def test_kinds_and_slots_that_a_client_lacks_do_not_dilute():

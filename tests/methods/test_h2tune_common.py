@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from tiny import CONFIGS, tiny_base
 
 import h2tune_jax as h2
+from h2tune_jax import tasks
 from h2tune_jax.methods.h2tune.likeness import Signature, distance, signature
 from h2tune_jax.methods.h2tune.options import H2TuneOptions, make_options
 from h2tune_jax.methods.h2tune.similar import alike, hear, similarity
-from h2tune_jax.methods.h2tune.state import H2TuneServer, H2TuneUpload
+from h2tune_jax.methods.h2tune.state import H2TuneServer, H2TuneUpload, basis_of
 from h2tune_jax.methods.latest import Latest
+from h2tune_jax.models import build, config_from_hf, prune_depth
 from h2tune_jax.types import Places
 
 OPTIONS = H2TuneOptions(sharing="similar", temperature=0.4)
@@ -41,7 +44,7 @@ def test_the_singular_basis_belongs_to_the_frozen_weight():
     assert state.server.middle.shape == (2, 2, 3, 3)
     np.testing.assert_array_equal(state.clients[1].relation[0], [[0], [1]])
     for kind in narrow.kinds:
-        u, v = state.server.starts["narrow"].basis[kind]
+        u, v = basis_of(state.server, narrow)[kind]
         for side in (u, v):
             eye = np.broadcast_to(np.eye(3), (2, 3, 3))
             np.testing.assert_allclose(side.mT @ side, eye, atol=1e-5)
@@ -52,11 +55,28 @@ def test_the_singular_basis_belongs_to_the_frozen_weight():
             peaks = np.abs(u[layer]).argmax(axis=0)
             assert (np.asarray(u)[layer, peaks, range(3)] > 0).all()
         # The pruned model's one layer is the whole one's second.
-        for whole, cut in zip((u, v), state.server.starts["pruned"].basis[kind]):
+        for whole, cut in zip((u, v), basis_of(state.server, pruned)[kind]):
             np.testing.assert_allclose(whole[1:], cut, atol=1e-6)
         # Its own pair starts as a plain LoRA does.
         assert state.clients[0].a[kind].shape[-1] == narrow.rank
         assert not state.clients[0].b[kind].any()
+
+
+@pytest.mark.parametrize("basis", ["singular", "seeded", "anchored"])
+def test_cohorts_of_one_architecture_have_one_basis(basis):
+    narrow, wide = toy.make_specs()
+    again = dataclasses.replace(narrow, name="again", num_clients=1, rank=1)
+    fewer = dataclasses.replace(again, name="fewer", targets=("q",))
+    specs, (first, second), (texts, _) = (narrow, again, fewer, wide), toy.make_bases(), toy.probe()
+    method = h2.h2tune(core="pure", basis=basis)
+    start = lambda key: h2.init_round(
+        method, specs, (first, first, first, second), (texts,) * 4, key
+    )
+    server = jax.eval_shape(start, jax.random.key(0)).server
+    assert len(server.bases) == 3
+    assert basis_of(server, again) is basis_of(server, narrow)
+    assert set(basis_of(server, fewer)) == {"q"}
+    assert basis_of(server, wide)["q"][0].shape == (3, 12, 4)
 
 
 def make_server(values, heard):
@@ -116,6 +136,53 @@ def test_who_was_never_heard_gets_the_plain_mean():
     np.testing.assert_array_equal(hear(OPTIONS, specs, nobody, 0, jnp.int32(0)), server.middle)
 
 
+@pytest.mark.parametrize(("place", "client"), [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)])
+def test_what_each_client_is_sent_by_the_likeness_of_data(place, client):
+    """By its definition in float64, one client and one entry after the other."""
+    narrow, wide = toy.make_specs()  # with kinds q and up, and q
+    specs = dataclasses.replace(narrow, num_clients=3), dataclasses.replace(wide, num_clients=2)
+    rng, tau = np.random.default_rng(0), 0.7
+    options = H2TuneOptions(sharing="similar", similarity="data", temperature=tau)
+    # The second client of the first cohort was never heard. The data of two stand less than chance apart.
+    weights = [np.array([1.5, 0.0, 0.5]), np.array([2.0, 1.0])]
+    means = [np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]), np.array([[1.5, 1.0], [3.0, -1.0]])]
+    variances = [np.array([1.0, 0.0, 2.0]), np.array([0.5, 0.25])]
+    values, masks = [], []
+    for spec in specs:
+        shape = spec.num_clients, 2, len(spec.kinds), 2, 2  # two slots, R = 2
+        values.append(rng.normal(size=shape))
+        masks.append(rng.random(shape) < 0.6)
+    values[0][1], masks[0][1] = 0.0, False
+    masks[0][:, 0, 0, 0, 0] = masks[1][:, 0, 0, 0, 0] = False  # an entry that nobody has sent
+    f32 = lambda x: jnp.asarray(x, jnp.float32)
+    latest = tuple(
+        Latest(H2TuneUpload(f32(v), jnp.asarray(m), Signature(f32(mean), f32(var))), f32(w))
+        for v, m, mean, var, w in zip(values, masks, means, variances, weights)
+    )
+    start = rng.normal(size=(2, 2, 2, 2))
+    server = H2TuneServer(f32(start), {}, latest)
+
+    shares = []
+    for other in (0, 1):
+        for i in range(specs[other].num_clients):
+            apart = np.sum((means[other][i] - means[place][client]) ** 2)
+            d = apart / max(variances[other][i] + variances[place][client], 1e-30)
+            near = np.exp(-max(d - 1, 0) / tau) if weights[place][client] > 0 else 1.0
+            shares.append((other, i, weights[other][i] * near))
+    expected = start[:, : len(specs[place].kinds)].copy()
+    for at in np.ndindex(*expected.shape):
+        sent = [
+            (share, values[other][i][at])
+            for other, i, share in shares
+            if at[1] < len(specs[other].kinds) and masks[other][i][at]
+        ]
+        if sum(share for share, _ in sent) > 0:
+            expected[at] = np.average([x for _, x in sent], weights=[share for share, _ in sent])
+    found = hear(options, specs, server, place, jnp.int32(client))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found[0, 0, 0, 0], f32(start[0, 0, 0, 0]))
+
+
 def test_data_of_one_kind_are_a_chance_apart():
     """Clients of two models whose spaces are rotations of each other, and of two kinds of data."""
     rng = np.random.default_rng(0)
@@ -158,6 +225,78 @@ def test_examples_are_described_evenly_spaced():
     )
     toy.assert_trees_close(sign(rows, 10, 4), sign(rows[jnp.array([0, 2, 5, 7])], 4, 4))
     toy.assert_trees_close(sign(rows, 3, 4), sign(rows[:3], 3, 3))
+
+
+@pytest.mark.parametrize("arch", ["bert", "gemma2"])
+def test_the_first_layer_is_read_without_those_behind_it(arch):
+    model = build(config_from_hf({**CONFIGS[arch], "num_hidden_layers": 4}))
+    base = model.init_fn(jax.random.key(0))
+    rng = np.random.default_rng(1)
+    ids = jnp.asarray(rng.integers(1, 60, size=(3, 5)))
+    texts = {"input_ids": ids, "attention_mask": jnp.asarray([[1] * 5, [1] * 3 + [0] * 2, [1] * 5])}
+    # Bit for bit that of the whole model, and of a pruned one that begins alike.
+    first = jax.jit(model.spec.first_layer)(base, texts)
+    np.testing.assert_array_equal(first, jax.jit(model.spec.layer_outputs_fn)(base, texts)[0])
+    pruned, own = prune_depth(model, base, layers=[0, 2, 3])
+    np.testing.assert_array_equal(first, jax.jit(pruned.spec.first_layer)(own, texts))
+    few = jax.tree.map(lambda leaf: leaf[:2], base["layers"])
+    np.testing.assert_array_equal(
+        first, jax.jit(model.spec.first_layer)({**base, "layers": few}, texts)
+    )
+
+
+def questions():
+    """Three questions of two choices each, as a task of multiple choice has them."""
+    rng = np.random.default_rng(2)
+    mask = np.arange(5) < rng.integers(3, 6, size=(3, 2, 1))
+    return {
+        "input_ids": jnp.asarray(rng.integers(1, 60, size=(3, 2, 5)), jnp.int32),
+        "attention_mask": jnp.asarray(mask),
+        "answer_mask": jnp.asarray(mask & (np.arange(5) > 1)),
+        "labels": jnp.asarray([0, 1, 1], jnp.int32),
+    }
+
+
+def test_a_question_is_described_by_the_mean_over_its_choices():
+    model, base = tiny_base("gpt2")
+    texts = questions()
+    read = jax.jit(model.spec.layer_outputs_fn)
+    choices = [
+        read(base, {name: texts[name][:, choice] for name in ("input_ids", "attention_mask")})
+        for choice in range(2)
+    ]
+    expected = np.mean(np.asarray(choices, np.float64), axis=0)
+    np.testing.assert_allclose(read(base, texts), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(model.spec.first_layer)(base, texts), expected[0], rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "method", [h2.h2tune(h2.COMMON, shared_rank=4, core_rank=4), h2.ce_lora()], ids=lambda m: m.name
+)
+def test_methods_that_describe_data_take_questions_with_choices(method):
+    model, base = tiny_base("gpt2")
+    spec = h2.CohortSpec(
+        name="choices",
+        num_clients=2,
+        model=model.spec,
+        rank=2,
+        loss_fn=tasks.make_loss_fn(tasks.forward_of(model, "multiple_choice"), "multiple_choice"),
+        budget=h2.Budget(batch_size=2, epochs=1),
+    )
+    examples = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), questions())
+    data = h2.ClientData(examples, jnp.asarray([3, 2], jnp.int32))
+    probe = {"input_ids": jnp.ones((4, 6), jnp.int32)}
+
+    def train(key):
+        state = h2.init_round(method, (spec,), (base,), (probe,), key)
+        round_fn = h2.make_round(method, (spec,))
+        return round_fn(state, (base,), (data,), None, None, method.hyper, toy.SEED)[0].server
+
+    (latest,) = jax.eval_shape(train, jax.random.key(0)).latest
+    described = latest.sent.moments if method.name == "ce_lora" else latest.sent.signature.mean
+    assert described.shape == (2, *((2, 32) if method.name == "ce_lora" else (4,)))
 
 
 def test_who_is_alike_by_hand():

@@ -120,6 +120,35 @@ def test_the_theorem_is_the_default_of_h2tune():
         assert not np.any(seen["distil"])
 
 
+@pytest.mark.parametrize(
+    ("options", "still"),
+    [
+        ({}, set()),
+        ({"train_relation": False}, {"relation"}),
+        ({"upload": "transpose"}, {"relation"}),
+        ({"train_factors": False}, {"a", "b"}),
+        # What a preset holds still counts, unless the study says otherwise.
+        ({"preset": "common"}, {"relation"}),
+        ({"preset": "common", "train_relation": True}, set()),
+    ],
+)
+def test_a_study_counts_what_its_method_trains(options, still):
+    if "preset" in options:
+        options = {**options, "selection": "leading", "sharing": "mean"}
+    setting = Setting(name="own/still", problem="sensing", options=options)
+    _, trained_fn, _ = build_method(setting)
+    method = h2.h2tune(selection="score_frozen")  # whichever: a client that has all the parts
+    problem = build_problem(setting)
+    state = h2.init_round(method, problem.specs, problem.bases, None, jax.random.key(0))
+    client = jax.tree.map(lambda leaf: leaf[0], state.clients[0])
+    seen = trained_fn(problem.specs[0], client, jax.tree.map(jnp.ones_like, client))
+    moves = {
+        field: any(np.any(leaf) for leaf in jax.tree.leaves(getattr(seen, field)))
+        for field in ("a", "b", "relation", "scores")
+    }
+    assert {field for field, counts in moves.items() if not counts} == still
+
+
 def test_participation_draws_others_every_round_and_with_every_seed():
     specs = build_problem(SMOKE).specs
     draw = lambda seed, index: horizon._participants(

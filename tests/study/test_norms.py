@@ -33,6 +33,10 @@ METHODS = {
         h2.h2tune(**{**PLAIN, "selection": "leading"}, train_factors=False, core="pure"),
         h2tune_trained(train_factors=False),
     ),
+    "h2tune-still": (
+        h2.h2tune(**PLAIN, train_relation=False),
+        h2tune_trained(train_relation=False),
+    ),
     "fedit": (fedit(learning_rate=1.0, optimizer=SGD), None),
 }
 
@@ -76,7 +80,9 @@ def moved(before, after):
 close = functools.partial(toy.assert_trees_close, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize(("name", "cohort"), [("h2tune", 0), ("h2tune", 1), ("h2tune-frozen", 0)])
+@pytest.mark.parametrize(
+    ("name", "cohort"), [("h2tune", 0), ("h2tune", 1), ("h2tune-frozen", 0), ("h2tune-still", 1)]
+)
 def test_h2tune_steps_along_the_measured_gradients(name, cohort):
     grads, after, upload, before, common = one_step(name, cohort)
     specs, _ = federation(name)
@@ -87,7 +93,7 @@ def test_h2tune_steps_along_the_measured_gradients(name, cohort):
         own = getattr(before, field)
         if own is not None:
             close(getattr(grads.personal, field), moved(own, getattr(after, field)))
-    for field in ("relation", "head"):
+    for field in ("head",) if name == "h2tune-still" else ("relation", "head"):
         assert np.abs(getattr(grads.personal, field)).max() > 1e-4
 
 
@@ -158,6 +164,9 @@ def test_what_h2tune_trains():
     frozen = h2tune_trained(train_factors=False)(specs[1], client, ones)
     assert zeros((frozen.a, frozen.b))
     assert not zeros(frozen.head)
+    still = h2tune_trained(train_relation=False)(specs[1], client, ones)
+    assert zeros(still.relation)
+    assert not zeros((still.a, still.b, still.head))
 
 
 def test_what_no_field_of_the_server_shows_is_refused():

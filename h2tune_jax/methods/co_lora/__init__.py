@@ -12,10 +12,11 @@ sets to sum over j != i of softmax(sim_ij / tau) (P_j, Q_j). sim is the cosine o
 gradients. The other layers have plain LoRA factors, mixed among equal architectures by the same weights.
 
 Our reading, where the paper's text was not at hand: the gradients compared are those with respect to P and
-Q, which live in the common coordinates, summed over a round's steps; the other layers have the same two
-branches and gates, and start alike in equal architectures; the shared branch is held still while a client
-trains; clients that were not sampled count with what they last sent; and a client's weight in its round
-multiplies its share.
+Q, which live in the common coordinates, summed over a round's steps; the gate is, per site and token, the
+sigmoid of a linear map (with a bias) of x A_local; the other layers have the same two branches and gates,
+and start alike in equal architectures; the shared branch is held still while a client trains, and
+`proximal` pulls the local one to it; clients that were not sampled count with what they last sent; and a
+client's weight in its round multiplies its share.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ from h2tune_jax.methods.latest import for_each, nobody_yet, note_round
 from h2tune_jax.methods.lora import Training, check_adapted, drift_penalty, train
 from h2tune_jax.methods.start import init_head
 from h2tune_jax.methods.traffic import traffic
-from h2tune_jax.training import Schedule
+from h2tune_jax.training import Schedule, widen
 from h2tune_jax.types import (
     Adapters,
     Array,
@@ -107,6 +108,8 @@ def co_lora(
                     )
             if spec.model.site_activations_fn is None:
                 raise FederationError(f"{where}: co_lora needs model.site_activations_fn")
+            if spec.kernels == "triton":
+                raise FederationError(f"{where}: kernels 'triton': no kernel computes gated sites")
             if blocks_of(specs) > spec.model.num_layers:
                 raise FederationError(
                     f"{where}: num_blocks {blocks_of(specs)} is above its {spec.model.num_layers} layers"
@@ -150,7 +153,7 @@ def co_lora(
     ):
         del round_index
         frozen, heard = download.common, download.personal
-        fresh: Any = noting.transform.init(client.params)
+        fresh: Any = noting.transform.init(widen(client.params))
         summing, inner = fresh
         opt = summing, client.opt if training.kept else inner
         params, (noted, after), metrics = train(

@@ -9,11 +9,18 @@ from h2tune_jax.adapters import relation, triple
 from h2tune_jax.method import DriftFn
 from h2tune_jax.methods.h2tune.likeness import signature
 from h2tune_jax.methods.h2tune.options import H2TuneHyper, H2TuneOptions
-from h2tune_jax.methods.h2tune.state import H2TuneClient, H2TuneDownload, H2TuneServer, H2TuneUpload
+from h2tune_jax.methods.h2tune.state import (
+    H2TuneClient,
+    H2TuneDownload,
+    H2TuneServer,
+    H2TuneUpload,
+    basis_of,
+)
 from h2tune_jax.methods.h2tune.steps import (
     LocalRound,
     LocalState,
     alternating_step,
+    core_of,
     joint_step,
     middle_of,
     own_part,
@@ -23,7 +30,7 @@ from h2tune_jax.methods.h2tune.steps import (
 )
 from h2tune_jax.methods.start import init_head, start_keys
 from h2tune_jax.methods.traffic import count_units, size, traffic
-from h2tune_jax.training import run_steps
+from h2tune_jax.training import narrow, run_steps, widen
 from h2tune_jax.types import (
     Adapters,
     Array,
@@ -59,13 +66,13 @@ def init_client(
     a, b = {}, {}
     for place, kind in enumerate(spec.kinds):
         in_dim, out_dim = spec.model.shapes[kind]
-        if start.basis is None or options.parallel:
+        if common.basis is None or options.parallel:
             kind_key = fold_name(factor_key, kind)
             shape = layers, in_dim, out_dim, spec.rank
             from_zero = options.residual or options.parallel
             a[kind], b[kind] = triple.init(kind_key, *shape, residual=from_zero, dtype=dtype)
         else:
-            columns, rows = start.basis[kind]
+            columns, rows = common.basis[kind]
             chosen = triple.coordinates(index[:, place], spec.rank, size)
             a[kind] = triple.take_columns(columns, chosen)
             b[kind] = (
@@ -92,8 +99,8 @@ def init_client(
     if options.optimizer_state == "kept":
         shared = shared_part(options, client, common.middle)
         client = client._replace(
-            shared_opt=options.transform.init(shared),
-            own_opt=options.transform.init(own_part(options, client)),
+            shared_opt=options.transform.init(widen(shared)),
+            own_opt=options.transform.init(widen(own_part(options, client))),
         )
     return client
 
@@ -114,11 +121,11 @@ def at_download(
     middle = relation.mix(client.relation, received(options, client, download))
     index = select(options, spec, client, client.scores, middle)
     if options.follows_basis:
-        assert common.start.basis is not None
+        assert common.basis is not None
         a, b = {}, {}
         coordinates = functools.partial(triple.coordinates, rank=spec.rank, size=middle.shape[-1])
         for place, kind in enumerate(spec.kinds):
-            columns, rows = common.start.basis[kind]
+            columns, rows = common.basis[kind]
             a[kind], b[kind] = jax.vmap(triple.realign)(
                 client.a[kind],
                 client.b[kind],
@@ -144,13 +151,17 @@ def client_update(
     *,
     drift_fn: DriftFn | None = None,
 ) -> tuple[H2TuneClient, H2TuneUpload | tuple[()], dict]:
-    """Download and select, train in halves (or jointly, in a warm start), upload G_i."""
+    """Download and select, train in halves (or jointly, in a warm start), upload G_i.
+
+    Parts of 16 bits are trained in float32 (`widen`), and kept and sent in 16 bits.
+    """
     client = at_download(options, spec, client, download)
     downloaded = received(options, client, download)
-    shared, own = shared_part(options, client, downloaded), own_part(options, client)
+    wide = widen(client)
+    shared, own = shared_part(options, wide, widen(downloaded)), own_part(options, wide)
     kept = options.optimizer_state == "kept"
     here = LocalRound(
-        options, spec, base, client, hyper, download.common.start.basis, downloaded.shape[-1],
+        options, spec, base, client, wide, hyper, download.common.basis, downloaded.shape[-1],
         shared["middle"], drift_fn,
     )  # fmt: skip
     state = LocalState(
@@ -175,11 +186,12 @@ def client_update(
             lambda: run(alternating_step),
         )
 
-    middle = middle_of(options, client, state.shared)
+    middle = middle_of(options, wide, state.shared)
     if options.trains_copy:
         sent = state.shared["middle"]
     else:
-        sent = relation.unmix(client.relation, middle)
+        sent = relation.unmix(wide.relation, middle)
+    sent = narrow(sent, downloaded)
     if options.average == "selected":
         mask, each = state.touched, 1
     else:
@@ -198,6 +210,7 @@ def client_update(
         shared_opt=state.shared_opt if kept else (),
         own_opt=state.own_opt if kept else (),
     )
+    after = narrow(after, client)
     if options.sharing == "none":
         return after, (), {**metrics, **traffic(up=(), down=())}
     up = count_units(mask.sum(dtype=jnp.int32), each, most=mask.size)
@@ -222,6 +235,6 @@ def adapters(
     if download is not None:
         client = at_download(options, spec, client, download)
         middle = relation.mix(client.relation, received(options, client, download))
-    core, basis = triple.core(middle, client.active), server.starts[spec.name].basis
+    core, basis = core_of(options, spec, middle, client.active), basis_of(server, spec)
     sites = site_adapters(options, spec, basis, client.a, client.b, core, client.active)
     return Adapters(sites, client.head)

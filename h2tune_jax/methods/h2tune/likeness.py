@@ -38,13 +38,12 @@ def signature(
 
     Of a client with fewer than two examples nothing is known: it is as near to all.
     """
-    fn = spec.model.layer_outputs_fn
-    assert fn is not None  # refused by `check`
     count = min(num_examples, room(data))
     order = jnp.arange(count, dtype=jnp.int32)
     # Where there are fewer, each of them once: a row named twice would look like certainty.
     spaced = jnp.where(data.num_examples > count, order * data.num_examples // count, order)
-    rows = fn(base, jax.tree.map(lambda leaf: leaf[spaced], data.examples))[0].astype(jnp.float32)
+    examples = jax.tree.map(lambda leaf: leaf[spaced], data.examples)
+    rows = spec.model.first_layer(base, examples).astype(jnp.float32)
     centre = probe.mean(axis=0, keepdims=True)
     relative = _unit(rows - centre) @ _unit(probe - centre).T
     held = (order < data.num_examples)[:, None]

@@ -14,6 +14,7 @@ from h2tune_jax.methods.h2tune.state import (
     H2TuneDownload,
     H2TuneServer,
     H2TuneUpload,
+    basis_of,
     kind_places,
     shared_kinds,
 )
@@ -52,8 +53,11 @@ def check(options: H2TuneOptions, specs: Specs) -> None:
             )
         if options.relation == "cka" and spec.model.layer_outputs_fn is None:
             raise FederationError(f"{where}: relation 'cka' needs model.layer_outputs_fn")
-        if options.by_data and spec.model.layer_outputs_fn is None:
-            raise FederationError(f"{where}: similarity 'data' needs model.layer_outputs_fn")
+        first = spec.model.first_layer_fn or spec.model.layer_outputs_fn
+        if options.by_data and first is None:
+            raise FederationError(
+                f"{where}: similarity 'data' needs model.first_layer_fn or model.layer_outputs_fn"
+            )
         if options.basis == "anchored" and spec.model.site_activations_fn is None:
             raise FederationError(f"{where}: basis 'anchored' needs model.site_activations_fn")
         if options.basis == "singular":
@@ -83,13 +87,14 @@ def init_server(
         bound = 1 / (size * 7**0.5)
         middle = jax.random.uniform(middle_key, shape, dtype, -bound, bound)
 
-    starts = make_starts(options, specs, (scores_key, basis_key), bases, probe, slots, size)
+    keys = scores_key, basis_key
+    starts, found = make_starts(options, specs, keys, bases, probe, slots, size)
     latest = ()
     if options.sharing == "similar":
         latest = tuple(
             _nobody_yet(options, spec, shape, dtype, starts[spec.name].probe) for spec in specs
         )
-    return H2TuneServer(middle, starts, latest)
+    return H2TuneServer(middle, starts, latest, found)
 
 
 def _nobody_yet(
@@ -123,7 +128,8 @@ def broadcast(
             mean_fn = lambda i, at=place: hear(options, specs, server, at, i)
             own = for_each(ids, mean_fn)
         middle = server.middle[:, kind_places(specs, spec)]
-        downloads.append(Download(H2TuneDownload(middle, server.starts[spec.name]), own))
+        common = H2TuneDownload(middle, server.starts[spec.name], basis_of(server, spec))
+        downloads.append(Download(common, own))
     return tuple(downloads)
 
 

@@ -1,13 +1,15 @@
 """What H2Tune's clients start from: layer relations, coordinate scores, and bases."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from h2tune_jax import aggregate
 from h2tune_jax.adapters import anchor, relation, triple
 from h2tune_jax.check import named_errors
 from h2tune_jax.methods.h2tune.options import H2TuneOptions
-from h2tune_jax.methods.h2tune.state import Basis, Start
+from h2tune_jax.methods.h2tune.state import Basis, Start, basis_name
 from h2tune_jax.types import (
     Array,
     CohortSpec,
@@ -27,30 +29,49 @@ def make_starts(
     probe: tuple | None,
     slots: int,
     size: int,
-) -> dict[str, Start]:
-    """Draw or fit, once, what each cohort's clients start from. `keys`: for scores and bases."""
+) -> tuple[dict[str, Start], dict[str, Basis] | None]:
+    """Draw or fit, once, what each cohort's clients start from: -> (starts by cohort, bases by name).
+
+    `keys`: for scores and bases.
+    """
     scores_key, basis_key = keys
     outputs = None
     if options.by_data:
-        outputs = _on_probe("layer_outputs_fn", specs, bases, probe, "similarity 'data'")
+        outputs = _on_probe("first_layer", specs, bases, probe, "similarity 'data'")
     relations = _relations(options, specs, bases, probe, slots)
-    fitted: list[tuple[Basis | None, Basis | None]] = [(None, None)] * len(specs)
+    found, fits = None, {}
     if options.basis == "seeded":
-        fitted = [(_seeded(options, spec, basis_key, slots, size), None) for spec in specs]
+        found = _once(specs, lambda place: _seeded(options, specs[place], basis_key, slots, size))
     elif options.basis == "singular":
-        fitted = _singular(options, specs, bases, size)
+        found = _once(
+            specs, lambda place: _singular_vectors(options, specs[place], bases[place], size)
+        )
     elif options.basis == "anchored":
-        fitted = _anchored(options, specs, basis_key, bases, probe, size)
-    return {
+        activations = _on_probe("site_activations_fn", specs, bases, probe, "basis 'anchored'")
+        fitted = _once(
+            specs, lambda place: _anchored(options, specs, place, basis_key, activations, size)
+        )
+        found = {name: basis for name, (basis, _) in fitted.items()}
+        fits = {name: fit for name, (_, fit) in fitted.items()}
+    starts = {
         spec.name: Start(
             relation=own,
             scores=_common_scores(options, spec, scores_key, size),
-            basis=basis,
-            fit=fit,
-            probe=None if outputs is None else outputs[place][0].astype(jnp.float32),
+            fit=fits.get(basis_name(spec)),
+            probe=None if outputs is None else outputs[place].astype(jnp.float32),
         )
-        for place, (spec, own, (basis, fit)) in enumerate(zip(specs, relations, fitted))
+        for place, (spec, own) in enumerate(zip(specs, relations))
     }
+    return starts, found
+
+
+def _once(specs: Specs, make_fn: Callable[[int], Any]) -> dict[str, Any]:
+    """Make what cohorts of one `basis_name` have in common, for the first of them."""
+    made: dict[str, Any] = {}
+    for place, spec in enumerate(specs):
+        if basis_name(spec) not in made:
+            made[basis_name(spec)] = make_fn(place)
+    return made
 
 
 def places_of(options: H2TuneOptions, spec: CohortSpec) -> Places:
@@ -113,21 +134,6 @@ def _seeded(options: H2TuneOptions, spec: CohortSpec, key: Array, slots: int, si
     return bases
 
 
-def _base_of(spec: CohortSpec) -> tuple:
-    """Name what a basis depends on: cohorts that have it in common share the fitted arrays."""
-    return aggregate.architecture(spec), spec.kinds, spec.dtype
-
-
-def _singular(
-    options: H2TuneOptions, specs: Specs, bases: tuple, size: int
-) -> list[tuple[Basis | None, Basis | None]]:
-    found: dict[tuple, Basis] = {}
-    for spec, base in zip(specs, bases):
-        if _base_of(spec) not in found:
-            found[_base_of(spec)] = _singular_vectors(options, spec, base, size)
-    return [(found[_base_of(spec)], None) for spec in specs]
-
-
 def _singular_vectors(options: H2TuneOptions, spec: CohortSpec, base: PyTree, size: int) -> Basis:
     """Take the leading singular vectors of every frozen weight.
 
@@ -149,49 +155,39 @@ def _singular_vectors(options: H2TuneOptions, spec: CohortSpec, base: PyTree, si
 
 
 def _anchored(
-    options: H2TuneOptions,
-    specs: Specs,
-    key: Array,
-    bases: tuple,
-    probe: tuple | None,
-    size: int,
-) -> list[tuple[Basis | None, Basis | None]]:
-    """Fit every model's sites to those of a reference at the same relative depth."""
-    activations = _on_probe("site_activations_fn", specs, bases, probe, "basis 'anchored'")
-    results: dict[tuple, tuple[Basis | None, Basis | None]] = {}
-    for spec, own in zip(specs, activations):
-        if _base_of(spec) in results:
-            continue
-        basis: Basis = {}
-        fit: Basis = {}
-        for kind in spec.kinds:
-            # The reference of a kind: the first of the deepest models that have it.
-            holders = [i for i, other in enumerate(specs) if kind in other.kinds]
-            chosen = max(holders, key=lambda i: specs[i].model.num_layers)
-            theirs, deep = activations[chosen], specs[chosen].model.num_layers
-            nearest = relation.nearest_layers(
-                places_of(options, spec), places_of(options, specs[chosen])
-            )
-            a_key, b_key = jax.random.split(fold_name(key, kind))
-            a_keys, b_keys = jax.random.split(a_key, deep), jax.random.split(b_key, deep)
-            inputs, outputs = own[kind]
-            ref_inputs, ref_outputs = (side[nearest] for side in theirs[kind])
+    options: H2TuneOptions, specs: Specs, place: int, key: Array, activations: list, size: int
+) -> tuple[Basis, Basis]:
+    """Fit a model's sites to those of a reference at the same relative depth: -> (basis, its fit)."""
+    spec, own = specs[place], activations[place]
+    basis: Basis = {}
+    fit: Basis = {}
+    for kind in spec.kinds:
+        # The reference of a kind: the first of the deepest models that have it.
+        holders = [i for i, other in enumerate(specs) if kind in other.kinds]
+        chosen = max(holders, key=lambda i: specs[i].model.num_layers)
+        theirs, deep = activations[chosen], specs[chosen].model.num_layers
+        nearest = relation.nearest_layers(
+            places_of(options, spec), places_of(options, specs[chosen])
+        )
+        a_key, b_key = jax.random.split(fold_name(key, kind))
+        a_keys, b_keys = jax.random.split(a_key, deep), jax.random.split(b_key, deep)
+        inputs, outputs = own[kind]
+        ref_inputs, ref_outputs = (side[nearest] for side in theirs[kind])
 
-            def fit_a(x, reference, key):
-                a_ref = anchor.orthonormal(key, reference.shape[-1], size)
-                return anchor.fit_inputs(x, reference, a_ref)
+        def fit_a(x, reference, key):
+            a_ref = anchor.orthonormal(key, reference.shape[-1], size)
+            return anchor.fit_inputs(x, reference, a_ref)
 
-            def fit_b(y, reference, key):
-                b_ref = anchor.orthonormal(key, reference.shape[-1], size).T
-                b, quality = anchor.fit_outputs(y, reference, b_ref)
-                return b.T, quality
+        def fit_b(y, reference, key):
+            b_ref = anchor.orthonormal(key, reference.shape[-1], size).T
+            b, quality = anchor.fit_outputs(y, reference, b_ref)
+            return b.T, quality
 
-            columns, a_fit = jax.vmap(fit_a)(inputs, ref_inputs, a_keys[nearest])
-            rows = b_fit = None
-            if not options.residual:
-                rows, b_fit = jax.vmap(fit_b)(outputs, ref_outputs, b_keys[nearest])
-                rows = rows.astype(spec.dtype)
-            basis[kind] = columns.astype(spec.dtype), rows
-            fit[kind] = a_fit, b_fit
-        results[_base_of(spec)] = basis, fit
-    return [results[_base_of(spec)] for spec in specs]
+        columns, a_fit = jax.vmap(fit_a)(inputs, ref_inputs, a_keys[nearest])
+        rows = b_fit = None
+        if not options.residual:
+            rows, b_fit = jax.vmap(fit_b)(outputs, ref_outputs, b_keys[nearest])
+            rows = rows.astype(spec.dtype)
+        basis[kind] = columns.astype(spec.dtype), rows
+        fit[kind] = a_fit, b_fit
+    return basis, fit

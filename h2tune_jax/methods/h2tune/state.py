@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from h2tune_jax import aggregate
 from h2tune_jax.methods.h2tune.likeness import Signature
 from h2tune_jax.methods.latest import Latest
 from h2tune_jax.types import Array, CohortSpec, PyTree, Specs, order_kinds
@@ -16,27 +17,28 @@ class Start(NamedTuple):
 
     relation: Array | None  # T[L, Li]; None where each client draws its own
     scores: Array | None  # T[Ki, R]; the common coordinate scores of `block`
-    basis: Basis | None
     fit: dict[str, tuple[Array, Array | None]] | None  # how well an anchored basis fits: f32[Li]
     probe: Array | None  # f32[n, d], the first layer on public texts, where data say who is alike
 
 
 class H2TuneServer(NamedTuple):
-    """G, and the starts of the cohorts."""
+    """G, the starts of the cohorts, and the bases that their matrices stand in."""
 
     middle: Array  # T[L, K, R, R]; where clients get a mean of their own, what all start from
     starts: dict[str, Start]  # by cohort
     latest: tuple[Latest, ...] = ()  # a cohort, where clients get a mean of their own
+    bases: dict[str, Basis] | None = None  # by `basis_name`; None where clients draw their factors
 
 
 class H2TuneDownload(NamedTuple):
-    """What a cohort is sent: G of its kinds; its start stands beside it.
+    """What a cohort is sent: G of its kinds; its start, and the basis that is one with it, stand beside it.
 
     Where clients get a mean of their own it is the personal part of the `Download`.
     """
 
     middle: Array  # T[L, Ki, R, R]
     start: Start
+    basis: Basis | None
 
 
 class H2TuneUpload(NamedTuple):
@@ -61,6 +63,17 @@ class H2TuneClient(NamedTuple):
     trained: Array  # bool[], has the client ever taken part
     shared_opt: PyTree  # optimiser states where they are kept between rounds, else ()
     own_opt: PyTree
+
+
+def basis_name(spec: CohortSpec) -> str:
+    """Name what a basis depends on: cohorts that have it in common have one basis."""
+    places = "" if spec.model.places is None else ",".join(map(str, spec.model.places.layers))
+    return "/".join((aggregate.architecture(spec), places, *spec.kinds))
+
+
+def basis_of(server: H2TuneServer, spec: CohortSpec) -> Basis | None:
+    """Return a cohort's basis."""
+    return None if server.bases is None else server.bases[basis_name(spec)]
 
 
 def shared_kinds(specs: Specs) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from h2tune_jax.method import DriftFn
 from h2tune_jax.methods.h2tune import terms
 from h2tune_jax.methods.h2tune.options import H2TuneHyper, H2TuneOptions
 from h2tune_jax.methods.h2tune.state import Basis, H2TuneClient
-from h2tune_jax.training import descend, pace, scalar_metrics
+from h2tune_jax.training import descend, narrow, pace, scalar_metrics
 from h2tune_jax.types import Adapters, Array, Batch, CohortSpec, FederationError, Metrics, PyTree
 
 Part = dict[str, Any]  # the shared or the specific part of a client, by the names below
@@ -54,6 +54,20 @@ def select(
     if options.selection == "random":
         return client.active  # drawn once, at the client's start
     return triple.select(scores, options.side(spec), strategy=options.selection, middle=middle)
+
+
+def core_of(
+    options: H2TuneOptions,
+    spec: CohortSpec,
+    middle: Array,
+    index: Array,
+    scores: Array | None = None,
+) -> Array:
+    """Take T [Li, Ki, r, r] out of M [Li, Ki, R, R]: the active entries."""
+    if options.selection == "leading":  # what `triple.core` gathers there is a slice
+        side = options.side(spec)
+        return middle[..., :side, :side]
+    return triple.core(middle, index, scores=scores)
 
 
 def site_adapters(
@@ -119,10 +133,11 @@ class LocalRound(NamedTuple):
     spec: CohortSpec
     base: PyTree
     client: H2TuneClient  # as it was after download
+    wide: H2TuneClient  # the same in the dtypes that it is trained in: see `widen`
     hyper: H2TuneHyper
     basis: Basis | None
     size: int  # R
-    downloaded: Array  # T[L, Ki, R, R], the G (or T[Li, Ki, R, R], the M) that training starts from
+    downloaded: Array  # [L, Ki, R, R], the G (or [Li, Ki, R, R], the M) of the start, wide
     drift_fn: DriftFn | None
 
     def entries(self, index: Array) -> Array:
@@ -135,15 +150,20 @@ class LocalRound(NamedTuple):
         if self.options.select_at == "download" or constant:
             return self.client.active
         scores = shared.get("scores", self.client.scores)
-        middle = middle_of(self.options, self.client, shared)
+        middle = middle_of(self.options, self.wide, shared)
         return select(self.options, self.spec, self.client, scores, middle)
 
     def task(self, shared: Part, own: Part, index: Array, batch: Batch, key: Array):
-        """Evaluate the task loss: -> (loss, T [Li, Ki, r, r], the loss function's metrics)."""
-        middle = middle_of(self.options, self.client, shared)
-        core = triple.core(middle, index, scores=shared.get("scores"))
+        """Evaluate the task loss: -> (loss, T [Li, Ki, r, r], the loss function's metrics).
+
+        The parts are wide, and so is T; the model gets them in their own dtypes.
+        """
+        middle = middle_of(self.options, self.wide, shared)
+        core = core_of(self.options, self.spec, middle, index, shared.get("scores"))
+        own = narrow(own, own_part(self.options, self.client))
         a, b = own.get("a", self.client.a), own.get("b", self.client.b)
-        sites = site_adapters(self.options, self.spec, self.basis, a, b, core, index)
+        held = core.astype(self.spec.dtype)
+        sites = site_adapters(self.options, self.spec, self.basis, a, b, held, index)
         loss, metrics = self.spec.loss_fn(Adapters(sites, own["head"]), self.base, batch, key)
         return loss, core, metrics
 
@@ -151,15 +171,15 @@ class LocalRound(NamedTuple):
         """lambda_norm times the norm term."""
         if self.options.lambda_norm is None:
             return jnp.zeros((), dtype)
-        scores = shared.get("scores", self.client.scores)
-        term = terms.norm_term(core, scores, shared.get("relation", self.client.relation))
+        scores = shared.get("scores", self.wide.scores)
+        term = terms.norm_term(core, scores, shared.get("relation", self.wide.relation))
         return self.hyper.lambda_norm.astype(dtype) * term.astype(dtype)
 
     def keep(self, core: Array, index: Array, dtype) -> Array:
         """lambda_keep times the keep term."""
         if self.options.lambda_keep is None:
             return jnp.zeros((), dtype)
-        term = terms.keep_term(self.client.middle, core, index, self.client.trained)
+        term = terms.keep_term(self.wide.middle, core, index, self.client.trained)
         return self.hyper.lambda_keep.astype(dtype) * term.astype(dtype)
 
     def drift(self, shared: Part, dtype) -> Array:
@@ -189,13 +209,12 @@ class LocalRound(NamedTuple):
     def step_shared(self, state: LocalState, grads: Part, index: Array, step, num_steps):
         """Move the shared part; entries that are not selected stay as downloaded."""
         keep: Part = dict.fromkeys(state.shared)
-        touched = state.touched
+        now, touched = state.touched, state.touched
         if self.options.select_at == "step":
-            touched = touched | self.entries(index)
+            now = self.entries(index)
+            touched = touched | now
         if self.options.trains_copy:
-            keep["middle"] = (
-                touched if self.options.select_at == "download" else self.entries(index)
-            )
+            keep["middle"] = now
             if "relation" in state.shared:
                 keep["relation"] = relation.support(self.client.relation)
         else:

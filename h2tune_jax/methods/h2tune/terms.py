@@ -44,6 +44,8 @@ def distil_term(teacher: Array, metrics: Metrics, batch: Batch, average: str) ->
     """KL(softmax(z_1) || softmax(z)) over the positions that the loss counts.
 
     `average` is "positions" (the mean over them) or "batch" (their sum by the number of examples).
+    A logit that is not finite has no share of a softmax and no gradient: a loss function may mask classes
+    out by -inf, and what it does not count may be anything.
     """
     logits = metrics["logits"]
     positions = metrics.get("positions", batch.mask)
@@ -51,5 +53,9 @@ def distil_term(teacher: Array, metrics: Metrics, batch: Batch, average: str) ->
     weights = positions.reshape(*positions.shape, *(1,) * missing).astype(logits.dtype)
     weights = jnp.broadcast_to(weights, logits.shape[:-1])
     counted = weights.sum() if average == "positions" else batch.mask.sum().astype(logits.dtype)
+    # What goes in, not what comes out: 0 * nan is nan, and so is its derivative. So low a logit has a share
+    # of 0, and two of them differ by what is finite. (Where a counted one is nan, so is the task's loss.)
+    low = jnp.finfo(logits.dtype).min / 2
+    teacher, logits = (jnp.where(jnp.isfinite(z), z, low) for z in (teacher, logits))
     total = (weights * kl_divergence(teacher, logits)).sum()
     return total / jnp.where(counted > 0, counted, 1)
