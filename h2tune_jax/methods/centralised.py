@@ -5,7 +5,7 @@ cohort on what was sent in the round, and everyone uses that model.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from h2tune_jax.methods.lora import (
 from h2tune_jax.methods.start import init_params
 from h2tune_jax.methods.traffic import count_units, size
 from h2tune_jax.training import Schedule, room, run_steps, scalar_metrics
-from h2tune_jax.types import Budget, ClientData, CohortSpec, Download, PyTree, fold_name
+from h2tune_jax.types import Array, Budget, ClientData, CohortSpec, Download, PyTree, fold_name
 
 
 class CentralServer(NamedTuple):
@@ -57,8 +57,8 @@ def centralised(
     data out. A client's `loss` is that of the model that it downloads, on its own batches.
 
     Args:
-      budget: with a `Budget` of steps, "all" trains as many as the round's clients would together,
-        "one" as many as one of them. A budget of epochs means as many over all the data.
+      budget: with a `Budget` of steps, "all" trains as many as the round's clients would together (those
+        that count), "one" as many as one of them. A budget of epochs means as many over all the data.
     """
     training = Training(
         learning_rate, head_rate, weight_decay, optimizer, optimizer_state, schedule
@@ -108,7 +108,7 @@ def centralised(
             data, hyper = jax.tree.map(lambda leaf, order=order: leaf[order], upload)
             params[name], opts[name], metrics = train(
                 training,
-                _with_budget(spec, len(ids) if budget == "all" else 1),
+                _for_all(spec, (weight > 0).sum(dtype=jnp.int32)) if budget == "all" else spec,
                 fold_name(key, name),
                 base,
                 pool(data),
@@ -143,8 +143,22 @@ def pool(data: ClientData) -> ClientData:
     return ClientData(jax.tree.map(gather, data.examples), data.num_examples.sum(dtype=jnp.int32))
 
 
-def _with_budget(spec: CohortSpec, times: int) -> CohortSpec:
-    steps: int | None = spec.budget.steps
-    if steps is None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _RoundBudget(Budget):
+    """A budget of steps that a round decides on, by how many of its clients count."""
+
+    steps: Any = None  # i32[]
+
+    def __post_init__(self):
+        pass  # an array has no value to check yet
+
+
+def _for_all(spec: CohortSpec, clients: Array) -> CohortSpec:
+    """Multiply a budget of steps by a number of clients, i32[]."""
+    own = spec.budget
+    if own.steps is None:
         return spec
-    return dataclasses.replace(spec, budget=dataclasses.replace(spec.budget, steps=steps * times))
+    together = _RoundBudget(
+        batch_size=own.batch_size, steps=own.steps * clients, shuffle=own.shuffle
+    )
+    return dataclasses.replace(spec, budget=together)

@@ -152,5 +152,5 @@ def fedex_lora(
         server_aggregate=server_aggregate,
         adapters=adapters,
         check=check,
-        shared=("factors",),
+        shared=(),  # the residual is that of the means: factors moved otherwise would not go with it
     )

@@ -59,6 +59,7 @@ def flora(
     """Build FLoRA.
 
     The other options are those of `local`; kept optimiser states are refused, as adapters restart.
+    `proximal` pulls an adapter to the fresh draw that it restarts from in the round.
 
     A client is evaluated as it was trained as long as the delta that it trained beside can be told: that
     of the last round's clients, and of those before as far as the server's room goes. Another's copy is

@@ -49,6 +49,13 @@ class HetLoraServer(NamedTuple):
     factors: dict[str, Parts]
 
 
+class HetLoraUpload(NamedTuple):
+    """What leaves a client."""
+
+    factors: Parts  # zero beyond its rank
+    mask: Parts | None  # bool[1, 1, r], bool[1, r, 1]: its rank; None where ranks never shrink
+
+
 class HetLoraClient(NamedTuple):
     """A client's parts and its rank by now."""
 
@@ -137,11 +144,7 @@ def hetlora(
             return term if drift is None else term + drift(params).astype(term.dtype)
 
         params = {**client.params, **factors}
-        keep = dict.fromkeys(params)
-        keep |= {
-            part: jax.tree.map(lambda _, shape=shape: active.reshape(shape), factors[part])
-            for part, shape in (("a", (1, 1, -1)), ("b", (1, -1, 1)))
-        }
+        keep = dict.fromkeys(params) | _columns(factors, active)
         keep["head"] = jax.tree.map(lambda _: None, params["head"])
         params, opt, metrics = train(
             training, spec, key, base, data, hyper, params, client.opt,
@@ -160,16 +163,23 @@ def hetlora(
             "numbers_up": count_units(rank, column, most=spec.rank),
             "numbers_down": count_units(client.rank, column, most=spec.rank),
         }
-        sent = {part: params[part] for part in ("a", "b")}
+        sent = HetLoraUpload(
+            {part: params[part] for part in ("a", "b")},
+            _columns(factors, columns < rank) if prunes else None,
+        )
         return HetLoraClient(params, opt, rank), sent, {**metrics, "rank": rank, **numbers}
 
-    def reduce(spec: CohortSpec, upload: Parts, weight: Array) -> tuple[PyTree, PyTree]:
+    def reduce(spec: CohortSpec, upload: HetLoraUpload, weight: Array) -> tuple[PyTree, PyTree]:
+        factors = upload.factors
+        if upload.mask is not None:
+            # Zeros already, but in the ones by which a server optimiser asks who brought what.
+            cut = lambda leaf, held: jnp.where(held, leaf, 0)
+            factors = jax.tree.map(cut, factors, upload.mask)
         if weighting == "norm":
-            norms = [
-                aggregate.product_norm(upload["a"][kind], upload["b"][kind]) for kind in spec.kinds
-            ]
+            a, b = factors["a"], factors["b"]
+            norms = [aggregate.product_norm(a[kind], b[kind]) for kind in spec.kinds]
             weight = weight * jnp.linalg.norm(jnp.concatenate(norms)).astype(weight.dtype)
-        return aggregate.weighted_part(upload, weight)
+        return aggregate.weighted_part(factors, weight)
 
     def server_aggregate(
         specs, key, server, bases, probe, uploads, weights, client_ids, round_index
@@ -221,6 +231,15 @@ def _mask(factors: Parts, active: Array) -> Parts:
     return {
         "a": jax.tree.map(lambda a: jnp.where(active[None, None, :], a, 0), factors["a"]),
         "b": jax.tree.map(lambda b: jnp.where(active[None, :, None], b, 0), factors["b"]),
+    }
+
+
+def _columns(factors: Parts, active: Array) -> Parts:
+    """Give every factor the mask of what is active, bool[r]: of its columns (A) or rows (B)."""
+    shapes = {"a": (1, 1, -1), "b": (1, -1, 1)}
+    return {
+        part: jax.tree.map(lambda _, shape=shape: active.reshape(shape), factors[part])
+        for part, shape in shapes.items()
     }
 
 

@@ -5,8 +5,12 @@ part as downloaded and w_i as trained, a client uploads
 
     w + clipped(w_i - w) + N(0, (multiplier * clip)^2 I),    clipped(d) = d * min(1, clip / |d|).
 
+Where an upload has a `mask`, as in `aggregate.weighted_part`, it says what is brought of the shared part
+(H2Tune's selected entries, the columns that HetLoRA has not pruned): the rest adds nothing to the update's
+norm, gets no noise, and is zero.
+
 This is the mechanism alone. No budget (epsilon, delta) is accounted for here, and what stands beside the
-shared part in an upload, such as H2Tune's mask of selected entries, is sent as it is.
+shared part in an upload, such as that mask, is sent as it is.
 """
 
 import collections
@@ -37,7 +41,7 @@ def noisy(method: FederatedMethod, *, clip: float, multiplier: float) -> Federat
     check_not_negative("multiplier", multiplier)
     if not method.shared:
         raise FederationError(
-            f"noisy: {method.name!r} uploads no trained copy of a shared part that could be clipped"
+            f"noisy: {method.name!r} names no shared part, of which a trained copy could be clipped"
         )
     if method.sends_change:
         raise FederationError(
@@ -60,14 +64,15 @@ def noisy(method: FederatedMethod, *, clip: float, multiplier: float) -> Federat
             raise FederationError(
                 f"noisy: {method.name!r} does not upload what it was sent, so there is no update to clip"
             )
+        mask = getattr(upload, "mask", None)
         moved = jax.tree.map(lambda new, old: new - old.astype(new.dtype), sent, received)
         moved = _add_noise(
             fold_name(key, "noise"),
-            _clipped(moved, hyper.clip),
+            _clipped(_brought(moved, mask), hyper.clip),
             hyper.clip * hyper.noise_multiplier,
         )
         sent = jax.tree.map(lambda old, step: old.astype(step.dtype) + step, received, moved)
-        return client, _with_parts(upload, fields, sent), metrics
+        return client, _with_parts(upload, fields, _brought(sent, mask)), metrics
 
     return method._replace(
         name=f"{method.name}+noise",
@@ -87,6 +92,13 @@ def _with_parts(tree: PyTree, fields: tuple[str, ...], parts: list) -> PyTree:
     if all(hasattr(tree, field) for field in fields):
         return tree._replace(**dict(zip(fields, parts)))
     return parts[0]
+
+
+def _brought(parts: list, mask: PyTree) -> list:
+    """Zero what an upload does not bring; without a mask it brings everything."""
+    if mask is None:
+        return parts
+    return jax.tree.map(lambda leaf, here: jnp.where(here, leaf, 0), parts, [mask])
 
 
 def _clipped(tree: PyTree, clip: Array) -> PyTree:

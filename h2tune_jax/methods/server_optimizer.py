@@ -39,6 +39,9 @@ def server_optimizer(
 
     `transformation` holds its own learning rate, as optax's optimisers do. It runs for each architecture
     by itself (for each entry of a field that is a dict), and counts the rounds that brought something.
+
+    Other fields of the method's server may follow from the shared part, as it was moved. Methods that keep
+    more of the uploads (a residual of their mean) name no shared fields.
     """
     fields = method.shared
     if not fields:
@@ -91,12 +94,12 @@ def server_optimizer(
         steps = each(_step(transformation), before, take(averaged), brought, server.opts)
         moved, opts = (each(lambda step, i=i: step[i], steps) for i in (0, 1))
         # Once more, with nobody: what the method reads off the shared part (Fed-HeLLo's scores) it is to
-        # read off the moved one.
+        # read off the moved one, and off nothing else that the mean gave.
         uploads, weights, client_ids = (
             (none,) * len(specs)
             for none in (None, jnp.zeros(0, jnp.float32), jnp.zeros(0, jnp.int32))
         )
-        inner, _ = aggregate(put(averaged, moved), uploads, weights, client_ids)
+        inner, _ = aggregate(put(server.inner, moved), uploads, weights, client_ids)
         return OptimizedServer(inner, opts), seen
 
     return method._replace(

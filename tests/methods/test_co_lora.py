@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import toy
 
@@ -140,6 +141,35 @@ def test_a_client_hears_the_others_by_similarity_and_weight(place, client):
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sketch_numbers", [64, pytest.param(5, marks=pytest.mark.slow)])
+def test_what_is_sketched_is_the_sum_of_the_gradients_over_a_rounds_steps(sketch_numbers):
+    # Under plain descent it can be read off how far P and Q have gone: P_0 - P_1 = rate * sum.
+    specs, rate = make_specs(budget=h2.Budget(batch_size=4, steps=3))[1:], 0.05
+    options = {"optimizer": optax.identity(), "sketch_numbers": sketch_numbers}
+    method = h2.co_lora(num_blocks=2, learning_rate=rate, **options)
+    bases, texts, data = toy.make_bases()[1:], toy.probe()[1:], toy.make_data(toy.make_specs())[1]
+    state = toy.stir(h2.init_round(method, specs, bases, texts, jax.random.key(0)))
+    one = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
+    client, data = one(state.clients[0]), h2.ClientData(*one(tuple(data)))
+    (download,) = method.broadcast(
+        specs, jax.random.key(1), state.server, (jnp.arange(1),), state.round
+    )
+    download = h2.Download(download.common, one(download.personal))
+    update = jax.jit(functools.partial(method.client_update, specs[0]))
+    after, upload, _ = update(
+        jax.random.key(2), bases[0], client, download, data, method.hyper, state.round
+    )
+    gone = {
+        name: {"q": (np.float64(client.params[name]["q"]) - after.params[name]["q"]) / rate}
+        for name in "pq"
+    }
+    # 2 blocks of P [2, 2] and Q [2] are 12 numbers: as they are, or projected.
+    expected = sketch(jax.tree.map(f32, gone), ("q",), sketch_numbers)["q"]
+    assert upload.sketch["q"].shape == (min(sketch_numbers, 12),)
+    np.testing.assert_allclose(upload.sketch["q"], expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(expected).max() > 0.1
+
+
 def test_silence_is_the_start_and_similar_to_nobody():
     specs = make_specs()
     server = server_of(specs)
@@ -236,6 +266,7 @@ def test_the_shared_branch_carries_what_others_learned():
         ({"temperature": 0}, make_specs(), "temperature"),
         ({}, toy.make_specs(), "cohort 'wide': rank 4 differs from 2"),
         ({}, make_specs(targets=()), "targets is empty"),
+        ({}, make_specs(kernels="triton"), "cohort 'narrow': kernels 'triton': no kernel computes"),
     ],
 )
 def test_what_cannot_be_is_refused(options, specs, message):

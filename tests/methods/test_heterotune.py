@@ -159,6 +159,8 @@ def test_a_model_that_takes_no_block_adapters_is_refused():
     bare = dataclasses.replace(specs[0], model=dataclasses.replace(specs[0].model, width=None))
     with pytest.raises(h2.FederationError, match=r"cohort 'narrow': model\.width is not set"):
         toy.start(build(), (bare, specs[1]))
+    with pytest.raises(h2.FederationError, match="kernels 'triton': no kernel computes block adap"):
+        toy.start(build(), toy.make_specs(kernels="triton"))
 
 
 def test_a_client_without_examples_does_not_dilute_the_mean():

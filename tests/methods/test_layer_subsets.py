@@ -100,6 +100,37 @@ def test_the_server_adds_the_mean_over_those_who_trained_a_layer():
     np.testing.assert_allclose(after.heads["few"], 18 / 5, rtol=1e-6)
 
 
+def test_a_server_optimiser_keeps_the_momentum_of_layers_that_nobody_trained():
+    specs = make_specs(model=h2.ModelSpec(num_layers=4, sites={"q": (1, 1)}), rank=1)[:1]
+    method = h2.server_optimizer(h2.fedra(), optax.sgd(0.5, momentum=0.9))
+    server = method.init_server(specs, jax.random.key(0), None, None)
+    ((own, _),) = server.inner.factors.items()
+    ones = {"q": jnp.ones((4, 1, 1))}
+    server = server._replace(inner=server.inner._replace(factors={own: {"a": ones, "b": ones}}))
+    # Each round one client of weight 1, and a further one of weight 3 in the first: layers, A's moves.
+    rounds_of = [
+        [([0, 2], [8.0, 3.0], 1.0), ([0], [4.0], 3.0)],  # means 5 and 3
+        [([2, 3], [1.0, 2.0], 1.0)],
+        [([0], [0.0], 1.0)],
+    ]
+    expected = [
+        [1 + 0.5 * 5, 1, 1 + 0.5 * 3, 1],
+        [3.5, 1, 2.5 + 0.5 * (0.9 * 3 + 1), 1 + 0.5 * 2],
+        [3.5 + 0.5 * 0.9 * 5, 1, 4.35, 2],
+    ]
+    for round_index, (clients, now) in enumerate(zip(rounds_of, expected)):
+        sums = []
+        for layers, moves, weight in clients:
+            sent = upload(layers, moves, [0.0] * len(layers), 0.0)._replace(head=None)
+            sums.append(method.reduce(specs[0], sent, jnp.float32(weight)))
+        total = (jax.tree.map(lambda *leaves: sum(leaves), *sums),)
+        rest = None, None, total, None, None, jnp.int32(round_index)
+        server, _ = method.server_aggregate(specs, None, server, *rest)
+        factors = server.inner.factors[own]
+        np.testing.assert_allclose(factors["a"]["q"].ravel(), now, rtol=1e-6)
+        np.testing.assert_array_equal(factors["b"]["q"], 1)
+
+
 def test_a_layer_that_nobody_trained_stays():
     specs, method = make_specs(), h2.fed_hello(allocation="gd", shape="triangle", learning_rate=0.1)
     state = start(method, specs)
@@ -290,6 +321,30 @@ def test_scores_are_those_of_what_a_server_optimiser_leaves():
     ((own, factors),) = after.inner.factors.items()
     wanted = layer_scores(specs[0], base(), factors, after.inner.heads["few"], one, "logit")
     np.testing.assert_allclose(after.inner.accounts[own].scores, wanted, rtol=1e-4)
+
+
+def test_a_server_optimiser_scores_once_and_falls_back_on_the_last_good_scores():
+    specs = make_specs()
+    one = jax.tree.map(lambda leaf: leaf[0], data()[0].examples)
+    options = {"allocation": "fim", "heads": "shared", "fim_warmup": 1, "fim_every": 1}
+    # So long a step leaves nothing finite to score, though the mean itself would be.
+    method = h2.server_optimizer(h2.fed_hello(**options), optax.sgd(float("inf")))
+    server = method.init_server(specs, jax.random.key(0), None, None)
+    ((own, account),) = server.inner.accounts.items()
+    last = account._replace(scores=jnp.asarray([1.0, 2.0, 3.0, 4.0]), known=jnp.asarray(True))
+    server = server._replace(inner=server.inner._replace(accounts={own: last}))
+    moved = {"a": {"q": draw(0, 2, 8, 2)}, "b": {"q": draw(1, 2, 2, 8)}}
+    sent = LayerUpload(moved, jnp.asarray([0, 2], jnp.int32), draw(9, 8, 3))
+    rest = (base(),) * 2, (one, None), (method.reduce(specs[0], sent, jnp.float32(1)), None), None
+    step = jax.jit(
+        lambda server, now: method.server_aggregate(specs, None, server, *rest, None, now)[0]
+    )
+    program = step.lower(server, jnp.int32(0)).compile()
+    after = program(server, jnp.int32(0)).inner
+    assert not np.isfinite(after.factors[own]["a"]["q"]).all()
+    toy.assert_trees_equal(after.accounts[own], last)
+    # Scores are taken in a branch, in the rounds in which they are due: the program has one.
+    assert program.as_text().count(" conditional(") == 1
 
 
 def test_heads_are_shared_by_those_who_were_given_the_same_maker():

@@ -1,16 +1,19 @@
 """The aggregation rules of the LoRA methods against their formulas in float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import server as bench
 import toy
 
 import h2tune_jax as h2
 from h2tune_jax import aggregate
+from h2tune_jax.methods.hetlora import HetLoraUpload
 
 WEIGHTS = (
     [1.0, 0.0, 2.0],
@@ -94,34 +97,41 @@ def no_loss(adapters, base, batch, key):
 # --- HetLoRA
 
 
+def whole(uploads):
+    """Factors as clients send them that have pruned nothing."""
+    return tuple(None if factors is None else HetLoraUpload(factors, None) for factors in uploads)
+
+
 def test_hetlora_pads_weighs_by_norms_and_truncates():
     method, specs = h2.hetlora(), bench.twins(ranks=(2, 5))
     uploads = bench.uploads_of(specs)
-    after, _ = bench.aggregate(method, specs, bench.start(method, specs), uploads, WEIGHTS)
+    after, _ = bench.aggregate(method, specs, bench.start(method, specs), whole(uploads), WEIGHTS)
     padded, shares = {"q": [], "up": []}, []
     for place in (0, 1):
+        rank = specs[place].rank
         for client, weight in enumerate(WEIGHTS[place]):
             squares = 0.0
             for kind in ("q", "up"):
                 a, b = (np.asarray(uploads[place][p][kind][client], np.float64) for p in "ab")
                 squares += np.square(a @ b).sum()
-                wide = np.zeros((2, 8, 5))
-                wide[:, :, : specs[place].rank] = a
+                wide = np.zeros((2, 8, 5)), np.zeros((2, 5, 8))
+                wide[0][:, :, :rank], wide[1][:, :rank] = a, b
                 padded[kind].append(wide)
             shares.append(weight * squares**0.5)
     shares = np.asarray(shares) / np.sum(shares)
     for place in (0, 1):
-        sites = bench.received(method, specs, after, place).sites
+        sites, rank = bench.received(method, specs, after, place).sites, specs[place].rank
         for kind in ("q", "up"):
-            mean = np.einsum("s,sldr->ldr", shares, np.stack(padded[kind]))
-            bench.close(sites[kind].a, mean[:, :, : specs[place].rank])
+            a, b = (np.einsum("s,sldr->ldr", shares, np.stack(p)) for p in zip(*padded[kind]))
+            bench.close(sites[kind].a, a[:, :, :rank])
+            bench.close(sites[kind].b, b[:, :rank])
 
 
 def test_hetlora_columns_that_nobody_of_a_round_holds_stay():
     # Zeros in both factors would never train again.
     method, specs = h2.hetlora(), bench.twins(ranks=(2, 5))
     before = bench.start(method, specs)
-    few = bench.uploads_of(specs)[0], None, None
+    few = whole((bench.uploads_of(specs)[0], None, None))
     after, _ = bench.aggregate(method, specs, before, few, WEIGHTS)
     name = aggregate.architecture(specs[1])
     for kind in ("q", "up"):
@@ -135,9 +145,10 @@ def test_hetlora_with_equal_ranks_and_weights_is_fedit():
     specs = bench.twins()
     uploads = bench.uploads_of(specs)
     results = []
-    for method in (h2.hetlora(weighting="given", gamma=1.0), h2.fedit()):
+    hetlora = h2.hetlora(weighting="given", gamma=1.0)
+    for method, sent in ((hetlora, whole(uploads)), (h2.fedit(), uploads)):
         server = bench.start(method, specs)
-        results.append(bench.aggregate(method, specs, server, uploads, WEIGHTS)[0].factors)
+        results.append(bench.aggregate(method, specs, server, sent, WEIGHTS)[0].factors)
     toy.assert_trees_equal(*results)
 
 
@@ -192,6 +203,73 @@ def test_hetlora_drops_a_tail_that_has_shrunk(gamma):
     state, metrics = round_fn(state, (None,), data, None, None, method.hyper, toy.SEED)
     np.testing.assert_array_equal(metrics.clients["only"]["numbers_down"], 2 * left * 16)
     assert (np.asarray(state.clients[0].params["b"]["q"])[:, :, left:] == 0).all()
+
+
+def one_step(rank, *, pull, lambda_tail):
+    """A client of so many columns of four takes one step of plain descent at rate 0.1.
+
+    Its task's loss is -pull times the sum of all of A. Returns what it was sent, in float64 and zero
+    beyond its rank, its next state and its upload.
+    """
+
+    def loss_fn(adapters, base, batch, key):
+        del base, batch, key
+        total = sum(site.a.sum() for site in adapters.sites.values())
+        return -pull * total + 0 * adapters.head.sum(), {}
+
+    spec = toy.cohort("only", width=8, depth=2, rank=4, kinds=("q", "up"), classes=2, num_clients=1)
+    spec = dataclasses.replace(spec, loss_fn=loss_fn, budget=h2.Budget(batch_size=2, steps=1))
+    method = h2.hetlora(
+        learning_rate=0.1, optimizer=optax.identity(), gamma=0.5, lambda_tail=lambda_tail
+    )
+    factors = jax.tree.map(lambda leaf: leaf[0], bench.uploads_of((spec,))[0])
+    download, data = h2.Download(factors, ()), h2.ClientData({"x": jnp.zeros((2, 1))}, jnp.int32(2))
+    client = method.init_client(spec, jax.random.key(0), None, download)
+    client = client._replace(rank=jnp.int32(rank))
+    update = jax.jit(functools.partial(method.client_update, spec, jax.random.key(1), None))
+    client, upload, _ = update(client, download, data, method.hyper, jnp.int32(0))
+    a, b = (
+        {kind: np.array(leaf, np.float64) for kind, leaf in factors[part].items()} for part in "ab"
+    )
+    for kind in a:
+        a[kind][:, :, rank:] = b[kind][:, rank:] = 0
+    return a, b, client, upload
+
+
+@pytest.mark.parametrize(("rank", "tail"), [(4, [2, 3]), (2, [1])])
+def test_hetlora_adds_the_tails_product_to_the_loss_and_keeps_a_tail_that_has_grown(rank, tail):
+    a, b, client, upload = one_step(rank, pull=10.0, lambda_tail=0.7)
+    norm = lambda leaves: np.sqrt(sum(np.square(leaf).sum() for leaf in leaves))
+    tails = lambda a, b: (
+        norm([leaf[:, :, tail] for leaf in a.values()]),
+        norm([leaf[:, tail] for leaf in b.values()]),
+    )
+    of_a, of_b = tails(a, b)
+    new_a, new_b = {}, {}
+    for kind in a:
+        # Of lambda |A tail| |B tail|: lambda |B tail| A tail / |A tail|, and the other way round.
+        slope_a, slope_b = np.zeros_like(a[kind]), np.zeros_like(b[kind])
+        slope_a[:, :, :rank] = -10.0
+        slope_a[:, :, tail] += 0.7 * of_b * a[kind][:, :, tail] / of_a
+        slope_b[:, tail] = 0.7 * of_a * b[kind][:, tail] / of_b
+        new_a[kind], new_b[kind] = a[kind] - 0.1 * slope_a, b[kind] - 0.1 * slope_b
+    assert np.prod(tails(new_a, new_b)) > 1.1 * of_a * of_b
+    assert int(client.rank) == rank
+    for kind in a:
+        bench.close(upload.factors["a"][kind], new_a[kind])
+        bench.close(upload.factors["b"][kind], new_b[kind])
+        np.testing.assert_array_equal(client.params["a"][kind], upload.factors["a"][kind])
+
+
+@pytest.mark.parametrize(("lambda_tail", "left"), [(0.7, 2), (0.0, 4)])
+def test_hetlora_prunes_what_its_own_term_has_shrunk_and_not_what_stands_still(lambda_tail, left):
+    a, b, client, upload = one_step(4, pull=0.0, lambda_tail=lambda_tail)
+    assert int(client.rank) == left
+    for kind in a:
+        # Nothing but the term pulls, and it pulls nothing but the tail.
+        a[kind][:, :, left:] = b[kind][:, left:] = 0
+        np.testing.assert_array_equal(upload.factors["a"][kind], a[kind])
+        np.testing.assert_array_equal(upload.factors["b"][kind], b[kind])
 
 
 def test_hetlora_penalty_is_finite_where_a_tail_is_zero():

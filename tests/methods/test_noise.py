@@ -1,10 +1,13 @@
 """Clipped and noisy uploads."""
 
+import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import toy
 
@@ -105,7 +108,7 @@ def test_each_client_is_clipped_on_its_own():
 
 def test_what_cannot_be_wrapped_is_refused():
     for method, message in (
-        (h2.local(), "no trained copy"),
+        (h2.local(), "names no shared part"),
         (setup("fedavg")[1], "noisy already"),
     ):
         with pytest.raises(h2.FederationError, match=message):
@@ -130,3 +133,73 @@ def test_the_upload_of_a_plain_lora_is_found_by_name():
     args = jax.random.key(0), bases[0], client, download, h2.ClientData(*data)
     _, upload, _ = update(*args, wrapped.hyper, state.round)
     toy.assert_trees_close(upload, download.common.factors, atol=1e-8)
+
+
+class Masked(NamedTuple):
+    """An upload that says which entries it brings."""
+
+    part: jax.Array
+    mask: jax.Array
+
+
+def test_what_an_upload_does_not_bring_is_neither_clipped_nor_noisy():
+    trained = jnp.array([[3.0, 50.0], [4.0, 50.0]])
+    client_update = lambda *args, drift_fn: ((), Masked(trained, jnp.array([True, False])), {})
+    method = noisy(
+        h2.fedavg()._replace(client_update=client_update, shared=("part",)),
+        clip=2.5,
+        multiplier=1.0,
+    )
+    args = None, jax.random.key(0), None, (), h2.Download(jnp.zeros((2, 2)), ()), None
+
+    def send(multiplier):
+        hyper = method.hyper._replace(noise_multiplier=jnp.asarray(multiplier))
+        return method.client_update(*args, hyper, 0)[1].part
+
+    # Of the first column, whose norm is 5, a half.
+    np.testing.assert_allclose(send(0.0), [[1.5, 0.0], [2.0, 0.0]], rtol=1e-6)
+    loud = send(1.0)
+    assert (loud[:, 0] != jnp.array([1.5, 2.0])).all()
+    np.testing.assert_array_equal(loud[:, 1], 0)
+
+
+@pytest.mark.parametrize(
+    ("rank", "pull"), [(2, 1.0), (4, -1.0)], ids=["pruned before", "pruned in this round"]
+)
+def test_columns_that_a_hetlora_client_has_pruned_are_no_update(rank, pull):
+    """Its server holds four columns of 100; the client sends two, and all of these move by 0.1."""
+
+    def loss_fn(adapters, base, batch, key):
+        del base, batch, key
+        a, b = adapters.sites["q"].a, adapters.sites["q"].b
+        return -pull * (a.sum() + b.sum()) + 0 * adapters.head.sum(), {}
+
+    spec = toy.cohort("only", width=8, depth=2, rank=4, kinds=("q",), classes=2, num_clients=1)
+    budget = h2.Budget(batch_size=2, steps=1)
+    spec = dataclasses.replace(spec, loss_fn=loss_fn, budget=budget)
+    plain = h2.hetlora(learning_rate=0.1, optimizer=optax.identity(), gamma=0.5, lambda_tail=0.0)
+    method = noisy(plain, clip=0.2, multiplier=0.0)
+    common = {"a": {"q": jnp.full((2, 8, 4), 100.0)}, "b": {"q": jnp.full((2, 4, 8), 100.0)}}
+    download = h2.Download(common, ())
+    client = method.init_client(spec, jax.random.key(0), None, download)
+    client = client._replace(rank=jnp.int32(rank))
+    data = h2.ClientData({"x": jnp.zeros((2, 1))}, jnp.int32(2))
+    update = jax.jit(
+        lambda hyper: method.client_update(
+            spec, jax.random.key(1), None, client, download, data, hyper, jnp.int32(0)
+        )
+    )
+    after, upload, _ = update(method.hyper)
+    assert int(after.rank) == 2
+    # 2 layers, 2 columns of 8 and 2 rows of 8: 64 numbers, so that the update's norm is 0.8.
+    step = 0.1 * 0.2 / 0.8 * pull
+    _, loud, _ = update(method.hyper._replace(noise_multiplier=jnp.asarray(1.0)))
+    (quiet_a, quiet_b), (loud_a, loud_b) = (
+        (sent.factors["a"]["q"], sent.factors["b"]["q"]) for sent in (upload, loud)
+    )
+    np.testing.assert_allclose(quiet_a[:, :, :2], 100 + step, rtol=1e-6)
+    np.testing.assert_allclose(quiet_b[:, :2], 100 + step, rtol=1e-6)
+    for a, b in ((quiet_a, quiet_b), (loud_a, loud_b)):
+        np.testing.assert_array_equal(a[:, :, 2:], 0)
+        np.testing.assert_array_equal(b[:, 2:], 0)
+    assert (loud_a[:, :, :2] != quiet_a[:, :, :2]).any()

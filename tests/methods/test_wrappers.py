@@ -1,6 +1,7 @@
 """FedProx and server optimisers around other methods."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import toy
 
 import h2tune_jax as h2
 from h2tune_jax import aggregate
+from h2tune_jax.methods.hetlora import HetLoraUpload
 
 SGD = {"learning_rate": 0.05, "optimizer": optax.identity()}
 WEIGHTS = [1.0, 0.0, 2.0], [3.0, 1.0], [1.0, 1.0]
@@ -43,42 +45,59 @@ def test_the_proximal_term_by_hand():
         np.testing.assert_allclose(metrics.clients["only"]["loss"], [(4.5 + 1.125) / 2])
 
 
+SHARE = {
+    name: functools.partial(getattr(h2, name), **SGD)
+    for name in (
+        "h2tune", "fedit", "ffa_lora", "fedsa_lora", "hetlora", "flexlora", "flora", "fedex_lora",
+        "fedra", "fed_hello", "ce_lora",
+    )
+} | {
+    "h2tune-transpose": lambda: h2.h2tune(
+        **SGD, upload="transpose", core="pure", alternation="joint"
+    ),
+    "co_lora": lambda: h2.co_lora(**SGD, num_blocks=2),
+    "heterotune": lambda: h2.heterotune(**SGD, size=4, widths=(3, 2)),
+}  # fmt: skip
+
+
+# Clients that train the same parts as those of a method that is not slow: FedIT, FLoRA, Fed-HeLLo.
+ALIKE = ("ffa_lora", "flexlora", "fedex_lora", "fedra")
+
+
 @pytest.mark.parametrize(
-    "build",
-    [
-        lambda: h2.h2tune(**SGD),
-        lambda: h2.h2tune(**SGD, upload="transpose", core="pure", alternation="joint"),
-        lambda: h2.fedsa_lora(**SGD),
-        lambda: h2.flora(**SGD),
-        lambda: h2.hetlora(**SGD),
-    ],
-    ids=["h2tune", "h2tune-transpose", "fedsa_lora", "flora", "hetlora"],
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in SHARE],
 )
-def test_a_large_pull_holds_what_is_shared_and_nothing_else(build):
-    plain = build()
-    method = h2.proximal(plain, mu=0.0)
+def test_a_large_pull_holds_what_is_shared_and_nothing_else(name):
+    method = h2.proximal(SHARE[name](), mu=0.0)
     specs = toy.make_specs(budget=h2.Budget(batch_size=4, steps=10))[1:]
-    bases, data = toy.make_bases()[1:], toy.make_data(toy.make_specs())
-    state = toy.stir(h2.init_round(method, specs, bases, None, jax.random.key(0)))
+    bases, data, texts = toy.make_bases()[1:], toy.make_data(toy.make_specs()), toy.probe()[1:]
+    state = toy.stir(h2.init_round(method, specs, bases, texts, jax.random.key(0)))
     download = method.broadcast(
-        specs, jax.random.key(0), state.server, (jnp.arange(3),), state.round
+        specs, jax.random.key(0), state.server, (jnp.arange(1),), state.round
     )[0]
     one = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
+    given = one(state.clients[0]), h2.Download(download.common, one(download.personal))
     update = jax.jit(
         lambda hyper: method.client_update(
-            specs[0], jax.random.key(5), bases[0], one(state.clients[0]), download,
-            h2.ClientData(*one(data[1])), hyper, state.round,
+            specs[0], jax.random.key(5), bases[0], *given, h2.ClientData(*one(data[1])), hyper,
+            state.round,
         )
     )  # fmt: skip
     results = {mu: update(method.hyper._replace(proximal_mu=jnp.asarray(mu))) for mu in (0.0, 15.0)}
-    still = update(jax.tree.map(jnp.zeros_like, method.hyper))[1]
+    if name == "co_lora":
+        # Its sketch is no part, and its own branch is pulled to the one that it has heard.
+        results = {mu: (client, up.parts, seen) for mu, (client, up, seen) in results.items()}
+        still = given[1].personal
+    else:
+        still = update(jax.tree.map(jnp.zeros_like, method.hyper))[1]
     moved = {
         mu: float(optax.tree.norm(jax.tree.map(jnp.subtract, floats(up), floats(still))))
         for mu, (_, up, _) in results.items()
     }
     # Under a constant gradient g ten steps add up to 10 g, with the pull to g / (rate mu) = 1.33 g.
     assert 0 < moved[15.0] < 0.6 * moved[0.0]
-    start = one(state.clients[0])
+    start = given[0]
     for client, _, _ in results.values():  # heads are free at either pull
         old, new = head_of(start), head_of(client)
         assert float(jnp.abs(new - old).max()) > 1e-3
@@ -104,22 +123,17 @@ def test_nothing_to_hold_is_refused():
     assert type(one) is type(other)
 
 
-def two_rounds(transformation):
-    method = h2.server_optimizer(h2.fedit(), transformation)
-    specs = bench.twins()
+def two_rounds(transformation, plain=None, parts=("a", "b")):
+    plain = plain or h2.fedit()
+    method, specs = h2.server_optimizer(plain, transformation), bench.twins()
     server = bench.start(method, specs)
-    path = [server.inner.factors]
+    path, means = [server.inner.factors], []
     for round_index in range(2):
-        uploads = bench.uploads_of(specs, seed=round_index)
+        uploads = bench.uploads_of(specs, parts=parts, seed=round_index)
         server, _ = bench.aggregate(method, specs, server, uploads, WEIGHTS, round_index)
         path.append(server.inner.factors)
-    plain = h2.fedit()
-    means = [
-        bench.aggregate(
-            plain, specs, bench.start(plain, specs), bench.uploads_of(specs, seed=i), WEIGHTS
-        )[0].factors
-        for i in range(2)
-    ]
+        mean, _ = bench.aggregate(plain, specs, bench.start(plain, specs), uploads, WEIGHTS)
+        means.append(mean.factors)
     exact = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
     return exact(path), exact(means)
 
@@ -129,8 +143,9 @@ def test_a_rate_of_one_is_the_plain_mean():
     toy.assert_trees_close(path[1:], means)
 
 
-def test_momentum_by_its_formula():
-    path, means = two_rounds(optax.sgd(0.5, momentum=0.9))
+@pytest.mark.parametrize(("name", "parts"), [("fedit", ("a", "b")), ("fedsa_lora", ("a",))])
+def test_momentum_by_its_formula(name, parts):
+    path, means = two_rounds(optax.sgd(0.5, momentum=0.9), getattr(h2, name)(), parts)
     first = jax.tree.map(lambda w, m: w - 0.5 * (w - m), path[0], means[0])
     toy.assert_trees_close(path[1], first)
     velocity = jax.tree.map(
@@ -189,9 +204,9 @@ def test_entries_that_nobody_brought_keep_value_and_momentum():
     plain = h2.hetlora(weighting="given", gamma=1.0)
     method = h2.server_optimizer(plain, optax.sgd(0.5, momentum=0.9))
     specs = bench.twins(ranks=(2, 5))
-    uploads = bench.uploads_of(specs)
+    uploads = hetlora_uploads(specs)
     first, _ = bench.aggregate(method, specs, bench.start(method, specs), uploads, WEIGHTS)
-    few = bench.uploads_of(specs, seed=1)[0], None, None
+    few = hetlora_uploads(specs, seed=1)[0], None, None
     second, _ = bench.aggregate(method, specs, first, few, WEIGHTS)
     name = aggregate.architecture(specs[0])
     for of in (lambda s: s.inner.factors[name], lambda s: s.opts["factors"][name][0].trace):
@@ -200,6 +215,41 @@ def test_entries_that_nobody_brought_keep_value_and_momentum():
         toy.assert_trees_equal(new["a"]["q"][:, :, 2:], old["a"]["q"][:, :, 2:])
         toy.assert_trees_equal(new["b"]["q"][:, 2:], old["b"]["q"][:, 2:])
         assert (new["a"]["q"][:, :, :2] != old["a"]["q"][:, :, :2]).all()
+
+
+def hetlora_uploads(specs, seed=0):
+    return tuple(HetLoraUpload(factors, None) for factors in bench.uploads_of(specs, seed=seed))
+
+
+def test_columns_that_all_their_holders_have_pruned_keep_value_and_momentum():
+    method = h2.server_optimizer(h2.hetlora(gamma=0.5), optax.sgd(0.5, momentum=0.9))
+    (spec,) = specs = bench.twins(ranks=(3, 2))[:1]
+
+    def after(server, seed, active):
+        """A round in which every client sends the columns that are active, bool[r]."""
+        (factors,) = bench.uploads_of(specs, seed=seed)
+        mask = {
+            part: dict.fromkeys(spec.kinds, active.reshape(shape))
+            for part, shape in (("a", (1, 1, -1)), ("b", (1, -1, 1)))
+        }
+        sums = []
+        for client in range(spec.num_clients):
+            own = jax.tree.map(lambda leaf, i=client: leaf[i], factors)
+            own = jax.tree.map(lambda leaf, here: jnp.where(here, leaf, 0), own, mask)
+            sums.append(method.reduce(spec, HetLoraUpload(own, mask), jnp.float32(1)))
+        total = (jax.tree.map(lambda *leaves: sum(leaves), *sums),)
+        rest = (jnp.ones(spec.num_clients),), None, jnp.int32(0)
+        return method.server_aggregate(specs, None, server, (None,), None, total, *rest)[0]
+
+    first = after(bench.start(method, specs), 0, jnp.ones(3, bool))
+    second = after(first, 1, jnp.array([True, False, False]))
+    name = aggregate.architecture(spec)
+    for of in (lambda s: s.inner.factors[name], lambda s: s.opts["factors"][name][0].trace):
+        old, new = of(first), of(second)
+        toy.assert_trees_equal(new["a"]["q"][:, :, 1:], old["a"]["q"][:, :, 1:])
+        toy.assert_trees_equal(new["b"]["q"][:, 1:], old["b"]["q"][:, 1:])
+        assert (new["a"]["q"][:, :, :1] != old["a"]["q"][:, :, :1]).all()
+        assert float(jnp.abs(old["b"]["q"][:, 1:]).min()) > 0
 
 
 def test_what_is_not_averaged_is_left_alone_or_refused():
@@ -211,7 +261,7 @@ def test_what_is_not_averaged_is_left_alone_or_refused():
     toy.assert_trees_equal(after.inner.start, before.inner.start)
     name = aggregate.architecture(specs[0])
     assert (after.inner.factors[name]["b"]["q"] != before.inner.factors[name]["b"]["q"]).all()
-    for method in (h2.local(), h2.centralised(), h2.flexlora(), h2.flora()):
+    for method in (h2.local(), h2.centralised(), h2.flexlora(), h2.flora(), h2.fedex_lora()):
         with pytest.raises(h2.FederationError, match=f"{method.name!r} averages nothing"):
             h2.server_optimizer(method, optax.sgd(1.0))
 

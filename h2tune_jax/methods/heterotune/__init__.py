@@ -87,6 +87,10 @@ def heterotune(
                     f"{where}: model.width is not set; heterotune puts adapters beside blocks, which the "
                     "loss function has to add (`beside_block`)"
                 )
+            if spec.kernels == "triton":
+                raise FederationError(
+                    f"{where}: kernels 'triton': no kernel computes block adapters"
+                )
             if spec.dtype != specs[0].dtype:
                 raise FederationError(
                     f"{where}: dtype {spec.dtype} differs from {specs[0].dtype} of cohort "
