@@ -200,7 +200,9 @@ def measure(
         found = jax.device_get(programs.evaluate[moment](some, federation.bases, part, ids))
         for spec, data in zip(programs.specs, part):
             for name, means in found[spec.name].items():
-                totals[spec.name].setdefault(name, []).append(means * np.asarray(data.num_examples))
+                counts = np.asarray(data.num_examples)
+                total = np.where(counts > 0, means, 0) * counts  # a mean over no rows is NaN
+                totals[spec.name].setdefault(name, []).append(total)
     return {
         spec.name: {
             n: sum(parts) / np.asarray(data.num_examples) for n, parts in totals[spec.name].items()

@@ -167,7 +167,8 @@ def compare(lines: Lines, baseline: str) -> dict[str, ComparisonRow]:
         run[line["client"]] = METRIC, line[METRIC]
     scores = [Score(row, seed, clients) for (row, seed), clients in values.items()]
     rows = compare_scores(scores, baseline).rows
-    return {row.method: row for row in rows if row.group == OVERALL}
+    whole = OVERALL if any(row.group == OVERALL for row in rows) else rows[0].group  # one client
+    return {row.method: row for row in rows if row.group == whole}
 
 
 def rival_of(setting: Setting, means: Mapping[str, float]) -> str | None:
