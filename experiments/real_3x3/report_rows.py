@@ -167,7 +167,8 @@ def compare(lines: Lines, baseline: str) -> dict[str, ComparisonRow]:
         run[line["client"]] = METRIC, line[METRIC]
     scores = [Score(row, seed, clients) for (row, seed), clients in values.items()]
     rows = compare_scores(scores, baseline).rows
-    whole = OVERALL if any(row.group == OVERALL for row in rows) else rows[0].group  # one client
+    groups = {row.group for row in rows}
+    whole = OVERALL if OVERALL in groups else next(iter(groups), OVERALL)  # of one client, that one
     return {row.method: row for row in rows if row.group == whole}
 
 
