@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
-from h2tune_jax.training import cosine_schedule, descend
+import h2tune_jax as h2
+from h2tune_jax.training import cosine_schedule, descend, run_steps
 
 
 def test_descent_by_hand():
@@ -53,6 +55,31 @@ def test_descent_matches_optax_adamw():
             updates, reference_opt = adamw.update(grads, reference_opt, reference)
         reference = optax.apply_updates(reference, updates)
     np.testing.assert_allclose(ours, reference, rtol=1e-6)
+
+
+@pytest.mark.parametrize("held", [1, 7, 10, 11])
+def test_a_budget_of_steps_visits_the_examples_as_one_of_epochs_does(held):
+    data = h2.ClientData(jnp.arange(11), jnp.int32(held))
+    per_epoch = -(-held // 3)
+
+    def visited(**budget):
+        def step_fn(seen, batch, key, step, num_steps):
+            row = jnp.where(batch.mask, batch.examples, -1)
+            return seen.at[step].set(row), {}
+
+        budget = h2.Budget(batch_size=3, **budget)
+        nothing = jnp.full((3 * per_epoch, 3), -2)
+        seen, metrics = run_steps(budget, jax.random.key(1), data, nothing, step_fn)
+        return np.asarray(seen), int(metrics["steps"])
+
+    of_epochs, steps = visited(epochs=3)
+    assert steps == 3 * per_epoch
+    for seen in np.split(of_epochs, 3):
+        assert sorted(seen[seen >= 0]) == list(range(held))
+    # The last epoch is broken off one step before its end.
+    of_steps, steps = visited(steps=3 * per_epoch - 1)
+    np.testing.assert_array_equal(of_steps[:steps], of_epochs[:steps])
+    assert (of_steps[steps:] == -2).all()
 
 
 def test_cosine_schedule():
