@@ -121,8 +121,9 @@ def _lines_of(
     setting: Setting, name: str, settings: Mapping[str, Setting], folder: Path
 ) -> tuple[Setting, list[Line]]:
     """Read a row's lines, and say in which setting it is run. Raises `OtherPlan`."""
-    elsewhere = setting.shares is not None and name not in own_rows(setting, settings)
-    home = settings[setting.shares] if elsewhere and setting.shares else setting
+    home = setting
+    if setting.shares is not None and name not in own_rows(setting, settings):
+        home = settings[setting.shares]
     lines = [line for line in read(path_of(home.name, folder)) if line["row"] == name]
     check_plan(home, {name: home.rows[name]}, lines)
     return home, lines
