@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from h2tune_jax.check import check_choice, check_clients, check_cohorts, named_errors
 from h2tune_jax.method import FederatedMethod
 from h2tune_jax.round import ClientAxis, resolve_axis
-from h2tune_jax.training import batch_reader, count_steps, room, scalar_metrics, trim
+from h2tune_jax.training import count_steps, read_batch, room, scalar_metrics, trim
 from h2tune_jax.types import (
     Adapters,
     Array,
@@ -94,11 +94,10 @@ def _mean_metrics(
 
     The loop ends where the client's own batches end, as that of `run_steps` does.
     """
-    read = batch_reader(budget, jax.random.key(0), data)  # not shuffled: the key is not used
 
     @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for the loop
     def weighted(step: Array) -> dict[str, Array]:
-        batch = read(step)
+        batch = read_batch(data, budget.batch_size, step)
         loss, metrics = spec.loss_fn(adapters, base, batch, None)
         seen = {**scalar_metrics(f"cohort {spec.name!r}", metrics), "loss": loss}
         count = batch.mask.sum().astype(jnp.float32)

@@ -71,67 +71,73 @@ def count_steps(budget: Budget, num_examples: Array) -> Array:
     return (budget.epochs * -(-num_examples // budget.batch_size)).astype(jnp.int32)
 
 
-def _order(budget: Budget, key: Array, epoch: Array, num_examples: Array, size: int) -> Array:
-    """Positions of the client's examples in the order of one epoch; padding rows come last."""
+def read_batch(data: ClientData, width: int, place: Array, order: Array | None = None) -> Batch:
+    """Read the batch at a place of an epoch, in an order [n] of the client's rows or as they stand."""
+    places = place * width + jnp.arange(width, dtype=jnp.int32)
+    rows = jnp.minimum(places, room(data) - 1)
+    rows = rows if order is None else order[rows]
+    take = lambda leaf: leaf.at[rows].get(mode="promise_in_bounds")  # an order holds rows only
+    return Batch(jax.tree.map(take, data.examples), places < data.num_examples)
+
+
+def _draw_order(budget: Budget, key: Array, data: ClientData, epoch: Array) -> Array:
+    """Draw the order [n] in which an epoch reads a client's rows; padding rows come last."""
+    rows = jnp.arange(room(data), dtype=jnp.int32)
     if not budget.shuffle:
-        return jnp.arange(size, dtype=jnp.int32)
-    draws = jax.random.uniform(jax.random.fold_in(key, epoch), (size,))
-    behind = jnp.where(jnp.arange(size, dtype=jnp.int32) < num_examples, draws, 2.0)
-    return jnp.argsort(behind).astype(jnp.int32)
-
-
-def batch_reader(
-    budget: Budget, key: Array, data: ClientData
-) -> Callable[[Array], Batch]:  # step i32[] -> Batch
-    """Give the function that reads the batch of a step from the client's arrays on the device."""
-    size, width = room(data), budget.batch_size
-    num_examples = data.num_examples
-    steps_per_epoch = jnp.maximum(-(-num_examples // width), 1)
-    if budget.epochs is not None:
-        # All orders at once: one sort an epoch, however many steps it has.
-        epochs = jnp.arange(budget.epochs, dtype=jnp.int32)
-        orders = jax.vmap(lambda e: _order(budget, key, e, num_examples, size))(epochs)
-        read_order = lambda epoch: orders[epoch]
-    else:
-        read_order = lambda epoch: _order(budget, key, epoch, num_examples, size)
-
-    def read(step: Array) -> Batch:
-        place = (step % steps_per_epoch) * width + jnp.arange(width, dtype=jnp.int32)
-        rows = read_order(step // steps_per_epoch)[jnp.minimum(place, size - 1)]
-        take = lambda leaf: leaf.at[rows].get(mode="promise_in_bounds")  # an order holds rows only
-        examples = jax.tree.map(take, data.examples)
-        return Batch(examples, place < num_examples)
-
-    return read
+        return rows
+    draws = jax.random.uniform(jax.random.fold_in(key, epoch), rows.shape)
+    return jnp.argsort(jnp.where(rows < data.num_examples, draws, 2.0)).astype(jnp.int32)
 
 
 def run_steps(
-    budget: Budget, key: Array, data: ClientData, carry: PyTree, step_fn: StepFn
+    budget: Budget,
+    key: Array,
+    data: ClientData,
+    carry: PyTree,
+    step_fn: StepFn,
+    *,
+    times: Array | None = None,
 ) -> tuple[PyTree, dict[str, Array]]:
     """Run one client's steps of one round: -> (carry, means of the metrics over its steps).
 
     The loop ends where the client's own batches end, so a batch of clients costs as many steps as the
-    longest of them. The means carry `steps` with them.
+    longest of them. The means carry `steps` with them. `times`, i32[], multiplies a budget of steps; one
+    of epochs means as many whatever it is.
     """
     order_key, step_key = jax.random.split(key)
-    read = batch_reader(budget, order_key, data)
+    draw = functools.partial(_draw_order, budget, order_key, data)
+    per_epoch = jnp.maximum(-(-data.num_examples // budget.batch_size), 1)
     num_steps = count_steps(budget, data.num_examples)
+    if times is not None and budget.steps is not None:
+        num_steps = num_steps * times
+
+    # Examples are sorted once an epoch, not at every step. How many epochs a budget of steps has is not
+    # known before it runs: its order goes from step to step.
+    if budget.epochs is not None:
+        orders = jax.vmap(draw)(jnp.arange(budget.epochs, dtype=jnp.int32))
+        next_order = lambda order, epoch, place: orders[epoch]
+    else:
+        next_order = lambda order, epoch, place: jax.lax.cond(
+            place == 0, draw, lambda _: order, epoch
+        )
 
     @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for the loop
-    def one_step(step: Array, carry: PyTree) -> tuple[PyTree, Metrics]:
-        return step_fn(carry, read(step), jax.random.fold_in(step_key, step), step, num_steps)
+    def one_step(step: Array, order: Array, carry: PyTree) -> tuple[PyTree, Metrics]:
+        batch = read_batch(data, budget.batch_size, step % per_epoch, order)
+        return step_fn(carry, batch, jax.random.fold_in(step_key, step), step, num_steps)
 
-    zero = jnp.zeros((), jnp.int32)
-    shapes = jax.eval_shape(one_step, zero, carry)[1]
+    zero, rows = jnp.zeros((), jnp.int32), jnp.arange(room(data), dtype=jnp.int32)
+    shapes = jax.eval_shape(one_step, zero, rows, carry)[1]
     sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, at_least_float32(leaf.dtype)), shapes)
 
-    def body(step: Array, state: tuple[PyTree, Metrics]) -> tuple[PyTree, Metrics]:
-        carry, sums = state
-        carry, metrics = one_step(step, carry)
+    def body(step: Array, state: tuple[Array, PyTree, Metrics]) -> tuple[Array, PyTree, Metrics]:
+        order, carry, sums = state
+        order = next_order(order, step // per_epoch, step % per_epoch)
+        carry, metrics = one_step(step, order, carry)
         add = lambda total, value: total + value.astype(total.dtype)
-        return carry, jax.tree.map(add, sums, metrics)
+        return order, carry, jax.tree.map(add, sums, metrics)
 
-    carry, sums = jax.lax.fori_loop(zero, num_steps, body, (carry, sums))
+    _, carry, sums = jax.lax.fori_loop(zero, num_steps, body, (rows, carry, sums))
     count = jnp.maximum(num_steps, 1)
     means = jax.tree.map(lambda total: total / count.astype(total.dtype), sums)
     return carry, {**means, "steps": num_steps}

@@ -215,31 +215,6 @@ def test_the_order_of_cohorts_changes_no_clients_randomness():
     toy.assert_trees_equal(reverse(backwards.clients), state.clients)
 
 
-@pytest.mark.parametrize("budget", [{"epochs": 2}, {"steps": 7}])
-@pytest.mark.parametrize("held", [1, 7, 8, 11])
-def test_an_epoch_visits_every_example_once(budget, held):
-    from h2tune_jax.training import batch_reader, count_steps
-
-    budget = h2.Budget(batch_size=4, **budget)
-    data = h2.ClientData({"x": jnp.arange(11)}, jnp.int32(held))
-    read = batch_reader(budget, jax.random.key(3), data)
-    per_epoch = -(-held // 4)
-    if budget.epochs:
-        assert int(count_steps(budget, data.num_examples)) == 2 * per_epoch
-    else:
-        assert int(count_steps(budget, data.num_examples)) == 7
-    orders = []
-    for epoch in range(2):
-        seen = []
-        for step in range(per_epoch):
-            batch = read(jnp.int32(epoch * per_epoch + step))
-            seen += np.asarray(batch.examples["x"])[np.asarray(batch.mask)].tolist()
-        assert sorted(seen) == list(range(held))
-        orders.append(seen)
-    if held > 7:
-        assert orders[0] != orders[1]
-
-
 def test_dropout_is_drawn_in_training_and_absent_from_evaluation():
     data = toy.make_data(toy.make_specs())
     losses = {}

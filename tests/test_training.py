@@ -57,29 +57,65 @@ def test_descent_matches_optax_adamw():
     np.testing.assert_allclose(ours, reference, rtol=1e-6)
 
 
+def visited(held, *, times=None, room=11, most=40, **budget):
+    """Return the examples that each step reads, -1 where a row does not count, and -2 after the last."""
+
+    def step_fn(seen, batch, key, step, num_steps):
+        return seen.at[step].set(jnp.where(batch.mask, batch.examples, -1)), {}
+
+    data = h2.ClientData(jnp.arange(room), jnp.asarray(held))
+    budget = h2.Budget(batch_size=3, **budget)
+    nothing = jnp.full((most, 3), -2)
+    seen, metrics = run_steps(budget, jax.random.key(1), data, nothing, step_fn, times=times)
+    return seen, metrics["steps"]
+
+
 @pytest.mark.parametrize("held", [1, 7, 10, 11])
 def test_a_budget_of_steps_visits_the_examples_as_one_of_epochs_does(held):
-    data = h2.ClientData(jnp.arange(11), jnp.int32(held))
     per_epoch = -(-held // 3)
-
-    def visited(**budget):
-        def step_fn(seen, batch, key, step, num_steps):
-            row = jnp.where(batch.mask, batch.examples, -1)
-            return seen.at[step].set(row), {}
-
-        budget = h2.Budget(batch_size=3, **budget)
-        nothing = jnp.full((3 * per_epoch, 3), -2)
-        seen, metrics = run_steps(budget, jax.random.key(1), data, nothing, step_fn)
-        return np.asarray(seen), int(metrics["steps"])
-
-    of_epochs, steps = visited(epochs=3)
+    of_epochs, steps = visited(held, epochs=3)
     assert steps == 3 * per_epoch
-    for seen in np.split(of_epochs, 3):
+    epochs = np.split(np.asarray(of_epochs)[:steps], 3)
+    for seen in epochs:
         assert sorted(seen[seen >= 0]) == list(range(held))
+    if held > 6:
+        assert not np.array_equal(epochs[0], epochs[1])
     # The last epoch is broken off one step before its end.
-    of_steps, steps = visited(steps=3 * per_epoch - 1)
+    of_steps, steps = visited(held, steps=3 * per_epoch - 1)
     np.testing.assert_array_equal(of_steps[:steps], of_epochs[:steps])
-    assert (of_steps[steps:] == -2).all()
+    assert (np.asarray(of_steps)[steps:] == -2).all()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_clients_that_run_side_by_side_begin_their_epochs_each_at_its_own_step(shuffle):
+    held = jnp.asarray([1, 7, 0, 11, 6])
+    run = lambda count: visited(count, steps=9, shuffle=shuffle)
+    together, steps = jax.vmap(run)(held)
+    np.testing.assert_array_equal(steps, [9, 9, 0, 9, 9])
+    for row, count in zip(together, held):
+        np.testing.assert_array_equal(row, run(count)[0])
+
+
+def test_a_budget_of_steps_can_be_multiplied_and_one_of_epochs_means_as_many():
+    once, steps = visited(7, steps=9)
+    assert steps == 9
+    thrice, steps = jax.jit(lambda times: visited(7, steps=3, times=times))(jnp.int32(3))
+    assert steps == 9
+    np.testing.assert_array_equal(thrice, once)
+    _, steps = visited(7, epochs=2, times=jnp.int32(3))
+    assert steps == 6
+
+
+@pytest.mark.parametrize("budget", [{"epochs": 2}, {"steps": 9}])
+def test_examples_are_sorted_once_an_epoch(budget):
+    """A client's loop has no sort that every step goes through."""
+    jaxpr = str(jax.make_jaxpr(lambda held: visited(held, **budget))(jnp.int32(7)))
+    assert jaxpr.count(" sort[") == 1
+    where = jaxpr.index(" sort[")
+    if "steps" in budget:
+        assert "cond[" in jaxpr[:where]
+    else:
+        assert "while[" not in jaxpr[:where]
 
 
 def test_cosine_schedule():

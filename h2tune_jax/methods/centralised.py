@@ -4,8 +4,7 @@ Not a federated method: what clients send is their data. The server trains one L
 cohort on what was sent in the round, and everyone uses that model.
 """
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from h2tune_jax.methods.lora import (
 from h2tune_jax.methods.start import init_params
 from h2tune_jax.methods.traffic import count_units, size
 from h2tune_jax.training import Schedule, room, run_steps, scalar_metrics
-from h2tune_jax.types import Array, Budget, ClientData, CohortSpec, Download, PyTree, fold_name
+from h2tune_jax.types import Budget, ClientData, Download, PyTree, fold_name
 
 
 class CentralServer(NamedTuple):
@@ -108,7 +107,7 @@ def centralised(
             data, hyper = jax.tree.map(lambda leaf, order=order: leaf[order], upload)
             params[name], opts[name], metrics = train(
                 training,
-                _for_all(spec, (weight > 0).sum(dtype=jnp.int32)) if budget == "all" else spec,
+                spec,
                 fold_name(key, name),
                 base,
                 pool(data),
@@ -116,6 +115,7 @@ def centralised(
                 server.params[name],
                 server.opts[name],
                 adapters_fn=lambda parts, spec=spec: assemble(spec, parts),
+                times=(weight > 0).sum(dtype=jnp.int32) if budget == "all" else None,
             )
             losses[name] = metrics["loss"]
         return CentralServer(params, opts), {"loss": losses}
@@ -141,24 +141,3 @@ def pool(data: ClientData) -> ClientData:
     order = jnp.argsort(~held.reshape(-1), stable=True)
     gather = lambda leaf: leaf.reshape(clients * rows, *leaf.shape[2:])[order]
     return ClientData(jax.tree.map(gather, data.examples), data.num_examples.sum(dtype=jnp.int32))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _RoundBudget(Budget):
-    """A budget of steps that a round decides on, by how many of its clients count."""
-
-    steps: Any = None  # i32[]
-
-    def __post_init__(self):
-        pass  # an array has no value to check yet
-
-
-def _for_all(spec: CohortSpec, clients: Array) -> CohortSpec:
-    """Multiply a budget of steps by a number of clients, i32[]."""
-    own = spec.budget
-    if own.steps is None:
-        return spec
-    together = _RoundBudget(
-        batch_size=own.batch_size, steps=own.steps * clients, shuffle=own.shuffle
-    )
-    return dataclasses.replace(spec, budget=together)

@@ -144,6 +144,7 @@ def train(
     adapters_fn: Callable[[Parts], Adapters],
     penalty_fn: Callable[[Parts], Array] | None = None,
     keep: PyTree = None,
+    times: Array | None = None,
 ) -> tuple[Parts, PyTree, dict[str, Array]]:
     """Run one client's local steps of a round: -> (trained parts, optimiser state to keep, metrics).
 
@@ -162,6 +163,7 @@ def train(
       adapters_fn: trained parts -> adapters; closes over what is frozen.
       penalty_fn: trained parts, wide -> a scalar that is added to the loss.
       keep: as in `descend`: masks outside of which nothing moves.
+      times: as in `run_steps`: multiplies a budget of steps.
     """
     head_rate = spec.head_rate_factor * hyper.head_rate
 
@@ -190,7 +192,7 @@ def train(
 
     wide = widen(params)
     carry = wide, opt if training.kept else training.transform.init(wide)
-    (wide, opt), metrics = run_steps(spec.budget, key, data, carry, step_fn)
+    (wide, opt), metrics = run_steps(spec.budget, key, data, carry, step_fn, times=times)
     return narrow(wide, params), opt if training.kept else (), metrics
 
 

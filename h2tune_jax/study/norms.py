@@ -20,10 +20,9 @@ import jax.numpy as jnp
 from h2tune_jax.adapters import relation
 from h2tune_jax.check import check_cohorts, check_federation, named_errors
 from h2tune_jax.method import FederatedMethod
-from h2tune_jax.training import batch_reader, room, trim
+from h2tune_jax.training import read_batch, room, trim
 from h2tune_jax.types import (
     Array,
-    Budget,
     ClientData,
     CohortSpec,
     Download,
@@ -102,9 +101,6 @@ def client_gradients(
     fields = _shared_fields(method)
     leaves, treedef = jax.tree.flatten(client)
     moving = [place for place, leaf in enumerate(leaves) if _is_float(leaf)]
-    read = batch_reader(
-        Budget(batch_size=rows, epochs=1, shuffle=False), jax.random.key(0), data
-    )  # not shuffled: the key is not used
     num_examples = jnp.maximum(data.num_examples, 1).astype(jnp.float32)
 
     def objective(shared: dict, own: list, step: Array) -> Array:
@@ -121,7 +117,7 @@ def client_gradients(
         ]
         download = Download(common, jax.tree.map(lambda leaf: leaf[0], personal))
         adapters = method.adapters(spec, server, treedef.unflatten(whole), download)
-        batch = read(step)
+        batch = read_batch(data, rows, step)
         loss, _ = spec.loss_fn(adapters, base, batch, None)
         # The reader begins again after a client's last batch: what it reads then does not count.
         own_rows = step * rows < data.num_examples
