@@ -97,7 +97,9 @@ def run_demo(
 def fetch_assets(config: RunConfig, say: Callable[[str], None]) -> None:
     """Fetch the models and data sets that a config names and that are not here yet."""
     names = [group.model.source for group in config.groups if group.model.source in ASSETS]
-    names += [group.task.data for group in config.groups if group.task.data in corpora.LABELS]
+    texts = [group.task.data for group in config.groups]
+    texts += [] if config.probe is None else [config.probe.data]
+    names += [name for name in texts if name in corpora.LABELS]
     for name in dict.fromkeys(names):
         folder = assets.find_root() / name
         if assets.find_damage(folder, assets.ASSETS[name].archive, verify=False) is not None:
@@ -132,13 +134,13 @@ def recompute_accuracy(
 
 def format_demo(rows: Sequence[DemoRow]) -> str:
     """Write the table: accuracy on test rows by group, in percent."""
-    header = ["group", "task", "majority", *METHODS, "gain over majority"]
+    header = ["group", "task", "majority", *METHODS, "gain over local"]
     share = lambda value: f"{100 * value:.1f}"
     body = [
         [
             row.group, row.task, share(row.majority),
             *(share(row.accuracy[name]) for name in METHODS),
-            f"{100 * (row.accuracy[METHODS[-1]] - row.majority):+.1f}",
+            f"{100 * (row.accuracy['h2tune'] - row.accuracy['local']):+.1f}",
         ]
         for row in rows
     ]  # fmt: skip
