@@ -15,13 +15,6 @@ from h2tune_jax.run.federation import build_federation
 from h2tune_jax.types import FederationError
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("describe")
-    tiny_run.write_data(path)
-    return path
-
-
 def local(folder, *overrides):
     text = tiny_run.TOML.replace('name = "h2tune"', 'name = "local"')
     return parse_config(text.replace("lambda_norm = 1e-3", ""), overrides, folder=folder)

@@ -9,6 +9,7 @@ import pytest
 import tiny_run
 from safetensors.numpy import load_file, save_file
 from tiny import tiny_base
+from tiny_run import tiny_federation
 
 import h2tune_jax as h2
 from h2tune_jax import aggregate
@@ -32,17 +33,6 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("federation")
-    tiny_run.write_data(path)
-    return path
-
-
-def build(folder, *overrides):
-    return build_federation(tiny_run.tiny_config(folder, *overrides))
-
-
 def one_group(folder, task, *, shape="bert", count=2, probe=None, **model):
     """A config of one group with a random model."""
     model = {"source": "random", "tokenizer": "bytes", "shape": SHAPES[shape], **model}
@@ -60,7 +50,7 @@ def one_group(folder, task, *, shape="bert", count=2, probe=None, **model):
 
 
 def test_specifications_say_what_the_config_says(folder):
-    federation = build(folder, "groups.wide.alpha=4", "groups.wide.budget.steps=5",
+    federation = tiny_federation(folder, "groups.wide.alpha=4", "groups.wide.budget.steps=5",
                        "groups.wide.budget.epochs=none")  # fmt: skip
     narrow, wide = federation.specs
     assert (narrow.name, narrow.num_clients, narrow.rank, narrow.kinds) == (
@@ -80,7 +70,7 @@ def test_specifications_say_what_the_config_says(folder):
 
 
 def test_equal_configs_give_equal_specifications(folder):
-    one, other = build(folder), build(folder)
+    one, other = tiny_federation(folder), tiny_federation(folder)
     assert one.specs == other.specs  # so that programs are compiled once
     assert hash(one.specs) == hash(other.specs)
     jax.tree.map(np.testing.assert_array_equal, one.bases, other.bases)
@@ -281,8 +271,8 @@ def test_bfloat16_base_with_float32_adapters_trains(folder):
 
 
 def test_microbatches_split_the_loss(folder):
-    whole = build(folder)
-    parts = build(folder, "groups.narrow.budget.microbatches=2")
+    whole = tiny_federation(folder)
+    parts = tiny_federation(folder, "groups.narrow.budget.microbatches=2")
     assert parts.specs[0].loss_fn is not whole.specs[0].loss_fn
     assert parts.specs[1] == whole.specs[1]
     spec, base, data = parts.specs[0], parts.bases[0], parts.train[0]
@@ -318,13 +308,13 @@ def test_refused(folder, override, words):
     if override.startswith("groups.wide.model.source"):
         drop.append("groups.wide.model.tokenizer=none")
     with pytest.raises(FederationError, match=words):
-        build(folder, override, *drop)
+        tiny_federation(folder, override, *drop)
 
 
 def test_two_groups_cannot_both_take_the_rest(folder):
     changes = [f"groups.wide.task.data={folder / 'words.jsonl'}", "groups.*.task.train=none"]
     with pytest.raises(FederationError, match="'narrow', 'wide' each take all that is left"):
-        build(folder, *changes)
+        tiny_federation(folder, *changes)
 
 
 def test_one_label_is_no_task(tmp_path):

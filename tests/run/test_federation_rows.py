@@ -5,21 +5,11 @@ import json
 import numpy as np
 import pytest
 import tiny_run
+from tiny_run import tiny_federation
 
 from h2tune_jax.run.byte_tokenizer import ByteTokenizer
 from h2tune_jax.run.federation import build_federation, client_weights, find_client
 from h2tune_jax.types import FederationError
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("rows")
-    tiny_run.write_data(path)
-    return path
-
-
-def build(folder, *overrides):
-    return build_federation(tiny_run.tiny_config(folder, *overrides))
 
 
 def texts_of(data, client):
@@ -29,7 +19,7 @@ def texts_of(data, client):
 
 
 def test_rows_are_dealt_out_once(folder):
-    federation = build(folder)
+    federation = tiny_federation(folder)
     for group, train, test, validation in zip(
         federation.groups, federation.train, federation.test, federation.validation
     ):
@@ -44,7 +34,7 @@ def test_rows_are_dealt_out_once(folder):
 def test_labels_stand_by_their_texts(folder):
     rows = [json.loads(line) for line in (folder / "words.jsonl").read_text().splitlines()]
     known = {row["text"]: row["label"] for row in rows}
-    federation = build(
+    federation = tiny_federation(
         folder, "groups.narrow.task.max_length=32", "groups.narrow.model.shape.max_positions=32"
     )
     for data in (federation.train[0], federation.test[0]):
@@ -53,13 +43,13 @@ def test_labels_stand_by_their_texts(folder):
 
 
 def test_majority_is_that_of_the_test_rows(folder):
-    federation = build(folder)
+    federation = tiny_federation(folder)
     labels = federation.test[0].examples["labels"][0]
     assert federation.groups[0].majority == max(np.bincount(labels)) / 8
 
 
 def test_shared_test_rows_are_one_copy(folder):
-    data = build(folder, "groups.wide.count=50", "groups.wide.task.train=1").test[1]
+    data = tiny_federation(folder, "groups.wide.count=50", "groups.wide.task.train=1").test[1]
     ids = data.examples["input_ids"]
     assert ids.shape[0] == 50
     assert ids.strides[0] == 0
@@ -71,14 +61,18 @@ def test_data_is_a_function_of_config_and_seed(folder, tmp_path):
     for name in ("words.jsonl", "parity.jsonl"):
         lines = (folder / name).read_text().splitlines()
         (tmp_path / name).write_text("\n".join(reversed(lines)) + "\n")
-    one, shuffled, other = build(folder), build(tmp_path), build(folder, "seed=4")
+    one, shuffled, other = (
+        tiny_federation(folder),
+        tiny_federation(tmp_path),
+        tiny_federation(folder, "seed=4"),
+    )
     assert texts_of(one.train[0], 1) == texts_of(shuffled.train[0], 1)
     assert set(texts_of(one.train[0], 1)) != set(texts_of(other.train[0], 1))
 
 
 def test_groups_on_the_same_data(folder):
     override = f"groups.wide.task.data={folder / 'words.jsonl'}"
-    federation = build(folder, override, "groups.wide.task.test=5")
+    federation = tiny_federation(folder, override, "groups.wide.task.test=5")
     narrow, wide = federation.train
     ours = {text for i in range(2) for text in texts_of(narrow, i)}
     theirs = {text for i in range(3) for text in texts_of(wide, i)}
@@ -89,7 +83,7 @@ def test_groups_on_the_same_data(folder):
 
 
 def test_draw_lets_clients_share_rows(folder):
-    federation = build(
+    federation = tiny_federation(
         folder, "groups.narrow.count=20", "groups.narrow.task.train=30",
         "groups.narrow.task.partition.kind=draw",
     )  # fmt: skip
@@ -99,7 +93,7 @@ def test_draw_lets_clients_share_rows(folder):
     assert len({frozenset(own) for own in rows}) == 20
     assert not set.union(*rows) & set(texts_of(federation.test[0], 0))
     # Who else there is does not matter.
-    fewer = build(
+    fewer = tiny_federation(
         folder, "groups.narrow.count=3", "groups.narrow.task.train=30",
         "groups.narrow.task.partition.kind=draw",
     )  # fmt: skip
@@ -107,7 +101,7 @@ def test_draw_lets_clients_share_rows(folder):
 
 
 def test_dirichlet_and_pathological(folder):
-    skewed = build(folder, "groups.narrow.task.partition={kind='dirichlet', alpha=0.3}")
+    skewed = tiny_federation(folder, "groups.narrow.task.partition={kind='dirichlet', alpha=0.3}")
     counts = skewed.train[0].num_examples
     assert counts.sum() == 24
     assert counts[0] != counts[1]
@@ -115,7 +109,9 @@ def test_dirichlet_and_pathological(folder):
     short = int(np.argmin(counts))
     ids = skewed.train[0].examples["input_ids"][short]
     assert np.all(ids[counts[short] :] == ids[0])
-    one_class = build(folder, "groups.wide.task.partition={kind='pathological', classes=1}")
+    one_class = tiny_federation(
+        folder, "groups.wide.task.partition={kind='pathological', classes=1}"
+    )
     labels = one_class.train[1].examples["labels"]
     assert all(
         len(set(labels[i, : one_class.train[1].num_examples[i]].tolist())) == 1 for i in range(3)
@@ -130,7 +126,7 @@ def test_by_key_makes_a_client_of_each_writer(folder):
         "groups.narrow.task.train=10", "groups.narrow.task.max_length=32",
         "groups.narrow.model.shape.max_positions=32",
     )  # fmt: skip
-    train = build(folder, *changes).train[0]
+    train = tiny_federation(folder, *changes).train[0]
     for client in range(3):
         assert {writers[text] for text in texts_of(train, client)} == {f"w{client}"}
         assert train.num_examples[client] <= 10
@@ -138,7 +134,7 @@ def test_by_key_makes_a_client_of_each_writer(folder):
 
 def test_own_test_rows(folder):
     changes = ("groups.narrow.task.held_out=own", "groups.narrow.task.test=4")
-    federation = build(folder, *changes)
+    federation = tiny_federation(folder, *changes)
     train, test, validation = federation.train[0], federation.test[0], federation.validation[0]
     assert train.num_examples.tolist() == [12, 12]
     assert test.num_examples.tolist() == [4, 4]
@@ -149,7 +145,7 @@ def test_own_test_rows(folder):
 
 
 def test_all_that_is_left(folder):
-    data = build(folder, "groups.narrow.task.train=none").train[0]
+    data = tiny_federation(folder, "groups.narrow.task.train=none").train[0]
     assert data.num_examples.tolist() == [53, 53]  # 120 less 8 and 6
 
 
@@ -162,7 +158,7 @@ def test_weights_by_examples(folder):
 
 
 def test_clients_by_name(folder):
-    federation = build(folder)
+    federation = tiny_federation(folder)
     assert find_client(federation, "wide/2") == (1, 2)
     with pytest.raises(FederationError, match=r"no client is called 'wide/3'.*did you mean 'wide/"):
         find_client(federation, "wide/3")
@@ -170,9 +166,9 @@ def test_clients_by_name(folder):
 
 def test_probe_is_the_same_texts_for_all(folder):
     changes = [f"probe.data={folder / 'parity.jsonl'}", "probe.count=5", "probe.max_length=16"]
-    federation = build(folder, *changes, "method.relation=cka")
+    federation = tiny_federation(folder, *changes, "method.relation=cka")
     assert federation.probe is not None
     one, other = federation.probe
     assert one["input_ids"].shape == (5, 16)
     np.testing.assert_array_equal(one["input_ids"], other["input_ids"])
-    assert build(folder).probe is None
+    assert tiny_federation(folder).probe is None

@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from h2tune_jax.run.config import RunConfig, parse_config
+from h2tune_jax.run.federation import Federation, build_federation
 
 WORDS = {
     "fruit": ("apple", "plum", "pear", "fig", "lime"),
@@ -96,3 +97,8 @@ def tiny_config(folder, *overrides: str) -> RunConfig:
     if not (folder / "words.jsonl").is_file():
         write_data(folder)
     return parse_config(TOML, overrides, folder=folder)
+
+
+def tiny_federation(folder, *overrides: str) -> Federation:
+    """Build the federation of that config."""
+    return build_federation(tiny_config(folder, *overrides))
