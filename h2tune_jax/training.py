@@ -128,7 +128,9 @@ def run_steps(
 
     zero, rows = jnp.zeros((), jnp.int32), jnp.arange(room(data), dtype=jnp.int32)
     shapes = jax.eval_shape(one_step, zero, rows, carry)[1]
-    sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, at_least_float32(leaf.dtype)), shapes)
+    floats = lambda dtype: jnp.float32 if jnp.issubdtype(dtype, jnp.bool_) else dtype
+    wide = lambda dtype: at_least_float32(floats(dtype))
+    sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide(leaf.dtype)), shapes)
 
     def body(step: Array, state: tuple[Array, PyTree, Metrics]) -> tuple[Array, PyTree, Metrics]:
         order, carry, sums = state
@@ -155,6 +157,35 @@ def widen(parts: PyTree) -> PyTree:
 def narrow(parts: PyTree, like: PyTree) -> PyTree:
     """Give parts that were widened the dtypes of `like` again: for a loss function, and to be kept."""
     return jax.tree.map(lambda leaf, own: leaf.astype(own.dtype), parts, like)
+
+
+def check_optimizer(optimizer: optax.GradientTransformation, *, has_rate: bool = False) -> None:
+    """Refuse an optimiser that would climb: with a rate of its own where none is due, or without one.
+
+    Optax's optimisers with a rate step down the gradient, those without one give a step that is yet to be
+    taken off.
+    """
+    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+        params = jnp.zeros((2, 2))
+
+        def step(grads: Array) -> Any:
+            return optimizer.update(grads, optimizer.init(params), params)[0]
+
+        try:  # of two steps, so that what does not follow the gradient (noise) drops out
+            along = float(jnp.sum(step(params + 1) - step(params - 1)))
+        except Exception:  # made for a certain tree of parameters: it cannot be asked here
+            return
+    if along < 0 and not has_rate:
+        raise FederationError(
+            "optimizer: has a learning rate of its own, with which training would climb; give a "
+            "transformation without one (optax.scale_by_adam(), not optax.adam(rate)), and the rate as "
+            "learning_rate"
+        )
+    if along > 0 and has_rate:
+        raise FederationError(
+            "server_optimizer: the transformation has no learning rate, so that the server would climb; "
+            "give one that has (optax.adam(rate), not optax.scale_by_adam())"
+        )
 
 
 def descend(

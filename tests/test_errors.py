@@ -77,6 +77,8 @@ def test_local_and_fedavg_options():
     spec = dataclasses.replace(toy.make_specs()[0], init_head_fn=None)
     refuses("cohort 'narrow': init_head_fn is missing", h2.make_round, h2.fedavg(), (spec,))
     refuses("cohort 'narrow': fedavg trains whole", h2.make_round, h2.fedavg(), toy.make_specs())
+    spec = dataclasses.replace(toy.make_specs()[0], head_rate_factor=2.0)
+    refuses("head_rate_factor must be 1, got 2.0", h2.make_round, h2.fedavg(), (spec,))
 
 
 def test_federations():

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import h2tune_jax as h2
-from h2tune_jax.training import cosine_schedule, descend, run_steps
+from h2tune_jax.training import check_optimizer, cosine_schedule, descend, run_steps
 
 
 def test_descent_by_hand():
@@ -26,6 +26,36 @@ def test_descent_by_hand():
     # a[0]: 1 - 0.1 * (0.5 + 0.5 * 1); a[1] is held; b has no decay.
     np.testing.assert_allclose(moved["a"], [0.9, 2.0])
     np.testing.assert_allclose(moved["b"], [9.0])
+
+
+@pytest.mark.parametrize(
+    "make", [h2.local, h2.h2tune, h2.fedavg, h2.fed_hello], ids=lambda make: make.__name__
+)
+@pytest.mark.parametrize("optimizer", [optax.adam(1.0), optax.sgd(0.1, momentum=0.9)])
+def test_an_optimizer_with_a_rate_of_its_own_is_refused(make, optimizer):
+    with pytest.raises(h2.FederationError, match="optimizer: has a learning rate of its own"):
+        make(optimizer=optimizer)
+
+
+def test_an_optimizer_without_a_rate_is_refused_at_the_server():
+    with pytest.raises(h2.FederationError, match="server_optimizer: the transformation has no"):
+        h2.server_optimizer(h2.fedit(), optax.scale_by_adam())
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.identity(),
+        optax.trace(0.9),
+        optax.scale_by_lion(),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam()),
+        optax.chain(optax.add_noise(100.0, 0.0, 0), optax.scale_by_sign()),
+        optax.chain(optax.scale_by_factored_rms(), optax.add_decayed_weights(0.1)),
+        optax.multi_transform({"a": optax.identity()}, {"mine": "a"}),  # cannot be asked
+    ],
+)
+def test_optimizers_that_descend_are_taken(optimizer):
+    check_optimizer(optimizer)
 
 
 def test_stale_moments_do_not_move_what_is_held():
@@ -68,6 +98,14 @@ def visited(held, *, times=None, room=11, most=40, **budget):
     nothing = jnp.full((most, 3), -2)
     seen, metrics = run_steps(budget, jax.random.key(1), data, nothing, step_fn, times=times)
     return seen, metrics["steps"]
+
+
+def test_a_metric_that_is_true_or_false_has_a_mean():
+    data = h2.ClientData(jnp.arange(8), jnp.asarray(8))
+    step_fn = lambda carry, batch, *rest: (carry, {"hit": batch.examples[0] == 5})
+    budget = h2.Budget(batch_size=1, epochs=1)
+    _, metrics = run_steps(budget, jax.random.key(1), data, (), step_fn)
+    assert metrics["hit"] == 0.125
 
 
 @pytest.mark.parametrize("held", [1, 7, 10, 11])

@@ -15,7 +15,14 @@ from h2tune_jax import aggregate
 from h2tune_jax.check import check_positive
 from h2tune_jax.method import FederatedMethod
 from h2tune_jax.methods.traffic import traffic
-from h2tune_jax.training import descend, narrow, run_steps, scalar_metrics, widen
+from h2tune_jax.training import (
+    check_optimizer,
+    descend,
+    narrow,
+    run_steps,
+    scalar_metrics,
+    widen,
+)
 from h2tune_jax.types import Adapters, Array, Download, FederationError, PyTree, Specs, fold_name
 
 
@@ -42,11 +49,17 @@ def fedavg(
     """
     check_positive("learning_rate", learning_rate)
     optimizer = optax.identity() if optimizer is None else optimizer
+    check_optimizer(optimizer)
 
     def check(specs: Specs) -> None:
         for spec in specs:
             if spec.init_head_fn is None:
                 raise FederationError(f"cohort {spec.name!r}: init_head_fn is missing")
+            if spec.head_rate_factor != 1:
+                raise FederationError(
+                    f"cohort {spec.name!r}: fedavg trains whole models at one rate, so head_rate_factor "
+                    f"must be 1, got {spec.head_rate_factor}"
+                )
             if spec.kinds:
                 raise FederationError(
                     f"cohort {spec.name!r}: fedavg trains whole models and no adapters; set targets=()"

@@ -1,8 +1,8 @@
 """What every plain-LoRA method shares: a client's parts, its adapters, and its local training.
 
 A client's parts are a dict: "a" and "b" by kind, "head", and whatever else a method trains beside
-them. `train` moves the parts that it is given and leaves the rest to `adapters_fn`, so frozen factors,
-cores between them or a subset of the layers cost no gradient and no optimiser state.
+them. `train` moves the parts that it is given and leaves the rest to `adapters_fn`, so frozen factors cost
+no gradient, and layers that a client does not train no optimiser state.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from h2tune_jax.methods.start import Parts, init_factors, init_params
 from h2tune_jax.methods.traffic import traffic
 from h2tune_jax.training import (
     Schedule,
+    check_optimizer,
     descend,
     narrow,
     pace,
@@ -85,6 +86,8 @@ class Training:
         check_choice("optimizer_state", self.optimizer_state, ("restart", "kept"))
         if self.optimizer is None:
             object.__setattr__(self, "optimizer", optax.scale_by_adam())
+        else:
+            check_optimizer(self.optimizer)
 
     @property
     def transform(self) -> optax.GradientTransformation:

@@ -10,6 +10,9 @@ with `optax.sgd(1.0)` (which gives the plain mean), `optax.sgd(rate, momentum=0.
 What nobody brought in a round (an architecture that was not sampled, a layer that nobody trained, an
 entry that nobody selected) has no g, and neither it nor its momentum moves. What was brought is found by
 asking the method's own rule: it averages uploads of ones onto a server of zeros.
+
+What is sent in 16 bits is held in float32 here, as are the moments: small steps would be rounded away, and
+a second moment would never decay.
 """
 
 from typing import Any, NamedTuple
@@ -19,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from h2tune_jax.method import FederatedMethod
+from h2tune_jax.training import check_optimizer, narrow, widen
 from h2tune_jax.types import FederationError, PyTree
 
 Pieces = dict[str, dict[str, Any]]
@@ -30,6 +34,7 @@ class OptimizedServer(NamedTuple):
 
     inner: PyTree
     opts: Pieces
+    wide: Pieces | None = None  # what is shared in float32, where clients are sent 16 bits
 
 
 def server_optimizer(
@@ -49,6 +54,7 @@ def server_optimizer(
             f"server_optimizer: {method.name!r} averages nothing entry by entry that an optimiser could "
             "move"
         )
+    check_optimizer(transformation, has_rate=True)
 
     def take(server: PyTree) -> Pieces:
         values = {field: getattr(server, field) for field in fields}
@@ -66,7 +72,11 @@ def server_optimizer(
 
     def init_server(specs, key, bases, probe) -> OptimizedServer:
         inner = method.init_server(specs, key, bases, probe)
-        return OptimizedServer(inner, each(transformation.init, take(inner)))
+        pieces = take(inner)
+        wide = widen(pieces)
+        dtypes = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
+        kept = None if dtypes(wide) == dtypes(pieces) else wide
+        return OptimizedServer(inner, each(transformation.init, wide), kept)
 
     def broadcast(specs, key, server, client_ids, round_index):
         return method.broadcast(specs, key, server.inner, client_ids, round_index)
@@ -87,8 +97,8 @@ def server_optimizer(
         else:
             marks = tuple(None if upload is None else upload[1] for upload in uploads)
             uploads = tuple(None if upload is None else upload[0] for upload in uploads)
-        before = take(server.inner)
-        averaged, seen = aggregate(server.inner, uploads, weights, client_ids)
+        before = take(server.inner) if server.wide is None else server.wide
+        averaged, seen = aggregate(put(server.inner, before), uploads, weights, client_ids)
         zeros = put(server.inner, jax.tree.map(jnp.zeros_like, before))
         brought = take(aggregate(zeros, marks, weights, client_ids)[0])
         steps = each(_step(transformation), before, take(averaged), brought, server.opts)
@@ -100,7 +110,9 @@ def server_optimizer(
             for none in (None, jnp.zeros(0, jnp.float32), jnp.zeros(0, jnp.int32))
         )
         inner, _ = aggregate(put(server.inner, moved), uploads, weights, client_ids)
-        return OptimizedServer(inner, opts), seen
+        after = take(inner)
+        inner = put(inner, narrow(after, take(server.inner)))
+        return OptimizedServer(inner, opts, None if server.wide is None else after), seen
 
     return method._replace(
         name=f"{method.name}+server_optimizer",

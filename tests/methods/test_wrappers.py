@@ -155,18 +155,46 @@ def test_momentum_by_its_formula(name, parts):
     toy.assert_trees_close(path[2], second)
 
 
-def test_adam_and_yogi_by_their_formulas():
-    # A first step from moments m = 0.1 g, v = 0.001 g^2, both corrected to g and g^2.
-    path, means = two_rounds(optax.adam(0.3, eps=1e-3))
-    step = lambda w, m: w - 0.3 * (w - m) / (np.abs(w - m) + 1e-3)
-    toy.assert_trees_close(path[1], jax.tree.map(step, path[0], means[0]), rtol=1e-4, atol=1e-5)
-    # Yogi starts at v = m = 1e-6 and corrects as Adam does.
-    path, means = two_rounds(optax.yogi(0.3, eps=1e-3))
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(path))
-    moved = jax.tree.map(
-        lambda new, old, mean: (new - old) * (mean - old), path[1], path[0], means[0]
-    )
-    assert min(leaf.min() for leaf in jax.tree.leaves(moved)) >= 0
+@pytest.mark.parametrize(
+    ("transformation", "start", "second_moment"),
+    [
+        (optax.adam(0.3, b1=0.8, b2=0.9, eps=1e-3), 0.0, lambda v, g: 0.9 * v + 0.1 * g**2),
+        (
+            optax.yogi(0.3, b1=0.8, b2=0.9, eps=1e-3),
+            1e-6,
+            lambda v, g: v - 0.1 * np.sign(v - g**2) * g**2,
+        ),
+    ],
+    ids=["adam", "yogi"],
+)
+def test_adam_and_yogi_by_their_formulas(transformation, start, second_moment):
+    path, means = two_rounds(transformation)
+    for i, w in enumerate(leaves := jax.tree.leaves(path[0])):
+        m, v = np.full_like(w, start), np.full_like(w, start)
+        for t, (after, mean) in enumerate(zip(path[1:], means), start=1):
+            g = w - jax.tree.leaves(mean)[i]
+            m, v = 0.8 * m + 0.2 * g, second_moment(v, g)
+            w = w - 0.3 * (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.9**t)) + 1e-3)
+            np.testing.assert_allclose(jax.tree.leaves(after)[i], w, rtol=1e-4, atol=1e-5)
+    assert leaves
+
+
+def test_what_is_sent_in_16_bits_is_moved_in_32():
+    # Each step is a quarter of what bfloat16 can tell from 1; twenty of them are five.
+    specs = tuple(dataclasses.replace(spec, dtype="bfloat16") for spec in bench.twins())
+    method = h2.server_optimizer(h2.fedit(), optax.adam(2.0**-10, eps=1e-8))
+    server = bench.start(method, specs)
+    ones = lambda tree: jax.tree.map(jnp.ones_like, tree)
+    start = server.inner._replace(factors=ones(server.inner.factors))
+    server = server._replace(inner=start, wide=ones(server.wide))
+    uploads = jax.tree.map(jnp.zeros_like, bench.uploads_of(specs))
+    for round_index in range(20):
+        server, _ = bench.aggregate(method, specs, server, uploads, WEIGHTS, round_index)
+    for leaf in jax.tree.leaves(server.inner.factors):
+        assert leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(leaf, jnp.bfloat16(1 - 20 * 2.0**-10))
+    floats = [x for x in jax.tree.leaves(server.opts) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert {leaf.dtype.name for leaf in floats} == {"float32"}
 
 
 def test_a_round_in_which_nobody_counts_moves_nothing():

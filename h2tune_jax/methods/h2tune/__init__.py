@@ -29,6 +29,7 @@ from h2tune_jax.methods.h2tune.state import (
     H2TuneUpload,
     shared_kinds,
 )
+from h2tune_jax.training import check_optimizer
 
 __all__ = [
     "COMMON",
@@ -50,6 +51,7 @@ def h2tune(preset: H2TuneOptions | None = None, /, **changes: Any) -> FederatedM
     `h2tune(selection="leading", learning_rate=3e-3)`, `h2tune(REFERENCE, shared_rank=64)`.
     """
     options = make_options(preset, changes)
+    check_optimizer(options.transform)  # here, as no array may be made where presets are: at import
     return FederatedMethod(
         name="h2tune",
         hyper=options.hyper(),
