@@ -9,6 +9,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 
+from h2tune_jax.precision import exact
 from h2tune_jax.types import Array, CohortSpec, FederationError, PyTree, Specs, at_least_float32
 
 
@@ -151,6 +152,7 @@ def stack_products(
     return joined, jnp.concatenate(valid)
 
 
+@exact
 def product_norm(a: Array, b: Array) -> Array:
     """Frobenius norms of a [..., D, r] @ b [..., r, F] from the factors' Gram matrices: [...]."""
     a, b = (x.astype(at_least_float32(x.dtype)) for x in (a, b))
@@ -158,6 +160,7 @@ def product_norm(a: Array, b: Array) -> Array:
     return jnp.sqrt(jnp.maximum(squares, 0))
 
 
+@exact
 def low_rank_svd(u: Array, v: Array, rank: int) -> tuple[Array, Array, Array]:
     """Singular vectors and values of u [D, W] @ v [W, F], without forming the product.
 

@@ -11,6 +11,7 @@ Rows of the activations are aligned: the same token, or the mean over the same s
 import jax
 import jax.numpy as jnp
 
+from h2tune_jax.precision import exact
 from h2tune_jax.types import Array
 
 
@@ -23,6 +24,7 @@ def orthonormal(key: Array, width: int, size: int, dtype=jnp.float32) -> Array: 
     return (q * jnp.sign(jnp.diagonal(r))[None, :]).astype(dtype)
 
 
+@exact
 def fit_inputs(
     x: Array,  # [n, D]
     reference: Array,  # [n, Dr]
@@ -46,6 +48,7 @@ def fit_inputs(
     return a, explained(x @ a, target)
 
 
+@exact
 def fit_outputs(
     y: Array,  # [n, F]
     reference: Array,  # [n, Fr]

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from h2tune_jax.precision import exact
 from h2tune_jax.types import Array
 
 
@@ -26,6 +27,7 @@ class Beside:
     part: Array | None = None  # bool[Li, Q + 1], which columns count and, last, if `dense` does
 
 
+@exact
 def total(beside: Beside) -> Array:  # T[Li, D, F]
     """Return the whole delta."""
     dense, part = beside.dense, beside.part

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from h2tune_jax.precision import exact
 from h2tune_jax.types import Array, FederationError, Places, at_least_float32
 
 
@@ -59,6 +60,7 @@ def random(key: Array, num_slots: int, num_layers: int, dtype=jnp.float32) -> Ar
     return jax.random.uniform(key, (num_slots, num_layers), dtype, -bound, bound)
 
 
+@exact
 def gram(activations: Array) -> Array:  # [Li, n, d] -> [Li, n, n]
     """Centred Gram matrices of a model's layer activations on a probe, one row a probe text.
 
@@ -69,6 +71,7 @@ def gram(activations: Array) -> Array:  # [Li, n, d] -> [Li, n, n]
     return jnp.einsum("lnd,lmd->lnm", x, x)
 
 
+@exact
 def cka(
     grams: Array,  # [Li, n, n]
     reference: Array,  # [Lr, n, n]
@@ -95,11 +98,13 @@ def cka(
     return jax.nn.softmax(alignment / temperature, axis=0)
 
 
+@exact
 def mix(relation: Array, shared: Array) -> Array:
     """M[l] = sum_j P[j, l] G[j], from P [L, Li] and G [L, ...] to M [Li, ...]."""
     return jnp.tensordot(relation, shared, axes=((0,), (0,)))
 
 
+@exact
 def unmix(relation: Array, middle: Array) -> Array:
     """G[j] = sum_l P[j, l] M[l], from P [L, Li] and M [Li, ...] to G [L, ...]: mix transposed."""
     return jnp.tensordot(relation, middle, axes=((1,), (0,)))

@@ -8,6 +8,7 @@ its width. All functions take any number of leading axes (layers, kinds) unless 
 import jax
 import jax.numpy as jnp
 
+from h2tune_jax.precision import exact
 from h2tune_jax.types import Array, FederationError, near_match
 
 STRATEGIES = ("block", "leading", "score", "score_frozen", "magnitude", "random")
@@ -201,6 +202,7 @@ def apply(
     return x @ w + update(x, a, core, b, scale=scale, residual=residual)
 
 
+@exact
 def fold(a: Array, core: Array, b: Array, *, residual: bool = True) -> tuple[Array, Array]:
     """Return an ordinary LoRA pair with the same product: (A, (I + T) B), or (A, T B) for pure."""
     folded = core @ b

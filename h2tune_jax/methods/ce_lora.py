@@ -39,6 +39,7 @@ from h2tune_jax.methods.lora import (
 )
 from h2tune_jax.methods.start import init_factors, init_head
 from h2tune_jax.methods.traffic import traffic
+from h2tune_jax.precision import exact
 from h2tune_jax.training import Schedule
 from h2tune_jax.types import (
     Adapters,
@@ -183,6 +184,7 @@ def ce_lora(
     )
 
 
+@exact
 def personal_mean(
     everyone: CeLoraUpload,  # leaves [N, ...]
     weights: Array,  # f32[N]

@@ -8,6 +8,7 @@ import numpy as np
 
 from h2tune_jax import aggregate
 from h2tune_jax.methods.latest import Latest
+from h2tune_jax.precision import exact
 from h2tune_jax.types import Array, PyTree, Specs, at_least_float32
 
 Parts = dict[str, Any]
@@ -37,6 +38,7 @@ class CoLoraClient(NamedTuple):
     opt: PyTree  # optimiser state where it is kept between rounds, else ()
 
 
+@exact
 def similarity(
     specs: Specs, sketches: tuple[dict[str, Array], ...], place: int, client: Array
 ) -> tuple[Array, ...]:  # f32[C] a cohort
@@ -56,6 +58,7 @@ def similarity(
     return tuple(result)
 
 
+@exact
 def hear(
     specs: Specs, server: CoLoraServer, place: int, client: Array, temperature: float
 ) -> Parts:

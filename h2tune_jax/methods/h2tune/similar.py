@@ -7,9 +7,11 @@ from h2tune_jax import aggregate
 from h2tune_jax.methods.h2tune.likeness import distance
 from h2tune_jax.methods.h2tune.options import H2TuneOptions
 from h2tune_jax.methods.h2tune.state import H2TuneServer, H2TuneUpload, kind_places
+from h2tune_jax.precision import exact
 from h2tune_jax.types import Array, Specs, at_least_float32
 
 
+@exact
 def similarity(
     specs: Specs, uploads: tuple[H2TuneUpload, ...], place: int, client: Array
 ) -> tuple[Array, ...]:  # f32[C] a cohort
@@ -54,6 +56,7 @@ def alike(
     return tuple(likeness)
 
 
+@exact
 def hear(
     options: H2TuneOptions, specs: Specs, server: H2TuneServer, place: int, client: Array
 ) -> Array:  # T[L, Ki, R, R]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from h2tune_jax.precision import exact
 from h2tune_jax.types import Array, at_least_float32
 
 
@@ -31,6 +32,7 @@ class Part(NamedTuple):
     weights: Array  # f32[S]
 
 
+@exact
 def mean_update(
     server: Branches,
     parts: list[Part],
