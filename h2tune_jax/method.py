@@ -57,8 +57,9 @@ class Broadcast(Protocol):
 class ClientUpdate(Protocol):
     """Train one client: -> (its next state, what it uploads, what people look at).
 
-    The metrics are scalars. Among them are `loss`, and `numbers_up` and `numbers_down`, what has to
-    travel. The engine refuses the client's result when loss, upload or next state is not finite.
+    The metrics are scalars. Among them are `loss`, and what has to travel, in numbers and in bytes
+    (`traffic` of `methods/traffic.py`). The engine refuses the client's result when loss, upload or
+    next state is not finite.
 
     With a `drift_fn` the method adds `drift_fn(shared part, shared part as downloaded)` to the
     objective that trains its shared part: how `proximal` wraps any method. The engine gives none.

@@ -421,10 +421,14 @@ def test_nothing_else_leaves_a_client(case):
         _, upload, metrics = jax.eval_shape(update, *given, method.hyper, state.round)
         leaves = [leaf for leaf in jax.tree.leaves(upload) if leaf.dtype != bool]
         assert sorted(leaf.shape for leaf in leaves) == sorted(row.upload(spec))
-        assert metrics["numbers_up"].shape == metrics["numbers_down"].shape == ()
+        for way in ("up", "down"):
+            assert metrics[f"numbers_{way}"].shape == metrics[f"bytes_{way}"].shape == ()
         sent = np.asarray(case.two_rounds[2].clients[spec.name]["numbers_up"])
         size = sum(leaf.size for leaf in leaves)
         assert (sent == size).all() if row.whole else (sent <= size).all()
+        heavy = np.asarray(case.two_rounds[2].clients[spec.name]["bytes_up"])
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        assert (heavy == size).all() if row.whole else (heavy <= size).all()
 
     # With rates of zero an upload can only depend on what a client held before.
     def stir(path, leaf):

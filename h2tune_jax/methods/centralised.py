@@ -21,7 +21,7 @@ from h2tune_jax.methods.lora import (
     train,
 )
 from h2tune_jax.methods.start import init_params
-from h2tune_jax.methods.traffic import count_units, size
+from h2tune_jax.methods.traffic import Units, traffic
 from h2tune_jax.training import Schedule, room, run_steps, scalar_metrics
 from h2tune_jax.types import Budget, ClientData, Download, PyTree, fold_name
 
@@ -87,13 +87,10 @@ def centralised(
 
         once = Budget(batch_size=spec.budget.batch_size, epochs=1, shuffle=False)
         _, metrics = run_steps(once, key, data, (), look)
-        example = sum(leaf[0].size for leaf in jax.tree.leaves(data.examples))
-        numbers = {
-            "steps": jnp.zeros((), jnp.int32),
-            "numbers_up": count_units(data.num_examples, example, most=room(data)),
-            "numbers_down": size(download.common),
-        }
-        return client, CentralUpload(data, hyper), {**metrics, **numbers}
+        example = jax.tree.map(lambda leaf: leaf[0], data.examples)
+        sent = Units(data.num_examples, example, room(data))
+        counts = {"steps": jnp.zeros((), jnp.int32), **traffic(up=sent, down=download.common)}
+        return client, CentralUpload(data, hyper), {**metrics, **counts}
 
     def server_aggregate(
         specs, key, server, bases, probe, uploads, weights, client_ids, round_index

@@ -36,7 +36,7 @@ from h2tune_jax.methods.lora import (
     train,
 )
 from h2tune_jax.methods.start import init_factors, init_params
-from h2tune_jax.methods.traffic import size
+from h2tune_jax.methods.traffic import traffic
 from h2tune_jax.training import Schedule
 from h2tune_jax.types import Adapters, Download, fold_name
 
@@ -112,10 +112,7 @@ def fedex_lora(
             penalty_fn=drift_penalty(drift_fn, factors),
         )  # fmt: skip
         sent = {"a": params["a"], "b": params["b"]}
-        numbers = {
-            "numbers_up": size(sent),
-            "numbers_down": fetched(beside, client.had, also=factors),
-        }
+        numbers = traffic(up=sent, down=(factors, fetched(beside, client.had)))
         return LedgerClient(params, opt, beside.total), sent, {**metrics, **numbers}
 
     def server_aggregate(

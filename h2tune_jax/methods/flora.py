@@ -35,7 +35,7 @@ from h2tune_jax.methods.lora import (
     train,
 )
 from h2tune_jax.methods.start import init_factors, init_params
-from h2tune_jax.methods.traffic import size
+from h2tune_jax.methods.traffic import traffic
 from h2tune_jax.training import Schedule
 from h2tune_jax.types import Adapters, Array, Download, FederationError, fold_name
 
@@ -107,7 +107,7 @@ def flora(
             penalty_fn=drift_penalty(drift_fn, fresh),
         )  # fmt: skip
         sent = {"a": params["a"], "b": params["b"]}
-        numbers = {"numbers_up": size(sent), "numbers_down": fetched(beside, client.had)}
+        numbers = traffic(up=sent, down=fetched(beside, client.had))
         return LedgerClient(params, (), beside.total), sent, {**metrics, **numbers}
 
     def server_aggregate(

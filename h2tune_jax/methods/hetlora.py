@@ -28,7 +28,7 @@ from h2tune_jax.methods.lora import (
     train,
 )
 from h2tune_jax.methods.start import init_factors, init_params
-from h2tune_jax.methods.traffic import count_units
+from h2tune_jax.methods.traffic import Units, traffic
 from h2tune_jax.training import Schedule
 from h2tune_jax.types import (
     Adapters,
@@ -157,12 +157,12 @@ def hetlora(
             fell = _tail_product(params, tail) < _tail_product(factors, tail)
             rank = jnp.where(fell, left, rank)
             params = {**params, **_mask(params, columns < rank)}
-        shapes = (spec.model.shapes[kind] for kind in spec.kinds)
-        column = spec.model.num_layers * sum(d + f for d, f in shapes)
-        numbers = {
-            "numbers_up": count_units(rank, column, most=spec.rank),
-            "numbers_down": count_units(client.rank, column, most=spec.rank),
+        column = {
+            kind: (factors["a"][kind][..., 0], factors["b"][kind][:, 0]) for kind in spec.kinds
         }
+        numbers = traffic(
+            up=Units(rank, column, spec.rank), down=Units(client.rank, column, spec.rank)
+        )
         sent = HetLoraUpload(
             {part: params[part] for part in ("a", "b")},
             _columns(factors, columns < rank) if prunes else None,

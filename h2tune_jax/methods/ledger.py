@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from h2tune_jax import aggregate
 from h2tune_jax.adapters.beside import Beside, total
 from h2tune_jax.methods.start import Parts
-from h2tune_jax.methods.traffic import count_dtype
+from h2tune_jax.methods.traffic import Units
+from h2tune_jax.precision import exact
 from h2tune_jax.types import Array, FederationError, PyTree, Specs, at_least_float32
 
 Columns = dict[str, tuple[Array, Array]]  # by kind: [Li, D, W], [Li, W, F]
@@ -184,23 +185,21 @@ def as_had(ledger: Ledger, had: Array) -> tuple[dict[str, Beside], Array]:
     return {kind: cut(site) for kind, site in ledger.sites.items()}, gone
 
 
-def fetched(download: LedgerDownload, had: Array, *, also: PyTree = ()) -> Array:
-    """Count what a client has to be sent that had the ledger as it was at `had`, and all of `also`.
+def fetched(download: LedgerDownload, had: Array) -> list[Units]:
+    """Tell what a client has to be sent that had the ledger as it was at `had`.
 
     The columns that it has not had; or a site's whole delta, where that is less or where some of them
     have been merged.
     """
     missing = download.total - had
-    fixed = sum(leaf.size for leaf in jax.tree.leaves(also))
-    dtype = count_dtype(fixed + sum(site.dense.size for site in download.sites.values()))
-    count = jnp.asarray(fixed, dtype)
+    parts = []
     for site in download.sites.values():
         layers, d, f = site.dense.shape
-        whole = (had < download.merged) | (missing > d * f // (d + f))
-        columns = jnp.where(whole, 0, missing).astype(dtype)
-        count += whole.astype(dtype) * jnp.asarray(layers * d * f, dtype)
-        count += columns * jnp.asarray(layers * (d + f), dtype)
-    return count
+        most = d * f // (d + f)
+        whole = (had < download.merged) | (missing > most)
+        column = jax.ShapeDtypeStruct((layers, d + f), site.dense.dtype)
+        parts += [Units(whole, site.dense), Units(jnp.where(whole, 0, missing), column, most)]
+    return parts
 
 
 def _widest(shapes: Iterable[tuple[int, ...]]) -> int:
@@ -214,6 +213,7 @@ def _first_valid(room: int, columns: Columns, valid: Array) -> tuple[Columns, Ar
     return {kind: (u[:, :, order], v[:, order]) for kind, (u, v) in columns.items()}, valid[order]
 
 
+@exact
 def _as_product(room: int, columns: Columns, valid: Array) -> tuple[Columns, Array]:
     """Turn columns into `room` others with the same product: min(D, F) and an identity say it all."""
 

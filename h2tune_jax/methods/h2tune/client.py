@@ -29,7 +29,7 @@ from h2tune_jax.methods.h2tune.steps import (
     site_adapters,
 )
 from h2tune_jax.methods.start import init_head, start_keys
-from h2tune_jax.methods.traffic import count_units, size, traffic
+from h2tune_jax.methods.traffic import Units, traffic
 from h2tune_jax.training import narrow, run_steps, widen
 from h2tune_jax.types import (
     Adapters,
@@ -193,10 +193,10 @@ def client_update(
         sent = relation.unmix(wide.relation, middle)
     sent = narrow(sent, downloaded)
     if options.average == "selected":
-        mask, each = state.touched, 1
+        mask, each = state.touched, jax.ShapeDtypeStruct((), sent.dtype)
     else:
         mask = relation.slot_support(client.relation)[:, None, None, None]
-        each = sent[0].size
+        each = sent[0]
     after = client._replace(
         a=state.own.get("a", client.a),
         b=state.own.get("b", client.b),
@@ -213,14 +213,13 @@ def client_update(
     after = narrow(after, client)
     if options.sharing == "none":
         return after, (), {**metrics, **traffic(up=(), down=())}
-    up = count_units(mask.sum(dtype=jnp.int32), each, most=mask.size)
     described = None
     if options.by_data:
         probe, examples = download.common.start.probe, options.signature_examples
         described = signature(spec, base, data, probe, examples)
-        up = up + size(described)
-    travels = {"numbers_up": up, "numbers_down": size(downloaded)}
-    return after, H2TuneUpload(sent, mask, described), {**metrics, **travels}
+    entries = Units(mask.sum(dtype=jnp.int32), each, mask.size)
+    counts = traffic(up=(entries, described), down=downloaded)
+    return after, H2TuneUpload(sent, mask, described), {**metrics, **counts}
 
 
 def adapters(
