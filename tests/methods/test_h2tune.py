@@ -281,3 +281,22 @@ def test_an_anchored_basis_carries_over_between_architectures():
     np.testing.assert_allclose(here, there, atol=0.1)
     for start in state.server.starts.values():
         np.testing.assert_allclose(start.fit["q"][0], 1, atol=1e-3)
+
+
+def test_the_reference_of_an_anchored_basis_is_not_fitted_to_itself():
+    # Fewer texts than coordinates: a fit would be arbitrary outside of what they span.
+    found = []
+    for seed in (0, 1):
+        outputs = jax.random.normal(jax.random.key(seed), (2, 5, 8))
+        model = h2.ModelSpec(
+            num_layers=2,
+            sites={"q": (8, 8)},
+            site_activations_fn=lambda base, probe, x=outputs: {"q": (x, x)},
+        )
+        spec = dataclasses.replace(toy.make_specs()[0], model=model, targets=("q",))
+        method = h2.h2tune(basis="anchored", core="pure", selection="leading", shared_rank=3)
+        state = h2.init_round(method, (spec,), (None,), (None,), jax.random.key(0))
+        ((columns, rows),) = (basis["q"] for basis in state.server.bases.values())
+        np.testing.assert_allclose(columns.mT @ columns, np.eye(3)[None].repeat(2, 0), atol=1e-6)
+        found.append((columns, rows))
+    toy.assert_trees_equal(*found)

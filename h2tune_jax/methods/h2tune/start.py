@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from h2tune_jax.adapters import anchor, relation, triple
+from h2tune_jax.aggregate import architecture
 from h2tune_jax.check import named_errors
 from h2tune_jax.methods.h2tune.options import H2TuneOptions
 from h2tune_jax.methods.h2tune.state import Basis, Start, basis_name
@@ -171,6 +172,13 @@ def _anchored(
         )
         a_key, b_key = jax.random.split(fold_name(key, kind))
         a_keys, b_keys = jax.random.split(a_key, deep), jax.random.split(b_key, deep)
+        if architecture(spec) == architecture(specs[chosen]):  # the reference itself
+            in_dim, out_dim = spec.model.shapes[kind]
+            draw = jax.vmap(anchor.orthonormal, in_axes=(0, None, None, None))
+            rows = None if options.residual else draw(b_keys, out_dim, size, spec.dtype)
+            basis[kind] = draw(a_keys, in_dim, size, spec.dtype), rows
+            fit[kind] = jnp.ones(deep), None if rows is None else jnp.ones(deep)
+            continue
         inputs, outputs = own[kind]
         ref_inputs, ref_outputs = (side[nearest] for side in theirs[kind])
 
