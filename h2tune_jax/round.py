@@ -205,9 +205,10 @@ def make_round(
                 metrics[spec.name], rejected[spec.name] = {}, jnp.zeros((), jnp.int32)
                 continue
             valid, positions = jnp.ones(ids[i].shape, bool), None
-            if resident and client_ids[i] is not None:
+            if client_ids[i] is not None:
                 valid = _first_in_range(ids[i], spec.num_clients)
-                positions = jnp.where(valid, ids[i], spec.num_clients)
+                if resident:
+                    positions = jnp.where(valid, ids[i], spec.num_clients)
             shared = bases[i], downloads[i].common, hyper, state.round
             keys = client_keys(train_key, spec, ids[i])
             per_client = keys, downloads[i].personal, weights[i], valid

@@ -138,6 +138,27 @@ def test_rows_of_participants_give_the_same_round_as_the_whole_cohort():
     toy.assert_trees_equal(seen_part, seen)
 
 
+def test_rows_of_nobody_and_of_the_same_client_again_change_nothing():
+    specs = toy.make_specs()
+    state = toy.stir(toy.start(JOINT))
+    ids = jnp.array([4, 4, 9]), jnp.array([2, 0])
+    bases, data, _, weights, hyper = arguments(JOINT)
+    whole, seen = h2.make_round(JOINT, specs, donate=False)(
+        state, bases, data, ids, weights, hyper, toy.SEED
+    )
+    pick = lambda trees: tuple(
+        jax.tree.map(lambda x, i=i: x[i], tree) for tree, i in zip(trees, ids)
+    )
+    rows = state._replace(clients=pick(state.clients))
+    part, seen_part = h2.make_round(JOINT, specs, resident=False, donate=False)(
+        rows, bases, pick(data), ids, weights, hyper, toy.SEED
+    )
+    toy.assert_trees_equal(part.server, whole.server)
+    assert seen_part.rejected == seen.rejected == {"narrow": 2, "wide": 0}
+    after, before = (jax.tree.map(lambda x: x[1:], s.clients[0]) for s in (part, rows))
+    toy.assert_trees_equal(after, before)
+
+
 def wide_federation(num_clients):
     """One cohort whose base outweighs everything else that a client needs."""
     spec = toy.cohort(

@@ -2,7 +2,8 @@
 
 The server tells a client which n_i layers it trains this round. The client reads all layers, takes its
 own out of the stack, trains these, and sends how they moved: the others have no optimiser state and
-nothing to say. Per layer the server adds the mean over those who trained it.
+nothing to say. (The backward pass still forms a gradient for the whole stack, as layers run in one scan.)
+Per layer the server adds the mean over those who trained it.
 """
 
 from collections.abc import Callable, Mapping
@@ -213,6 +214,7 @@ def layer_subsets(
         adapters=adapters,
         check=check,
         shared=("factors", "heads"),
+        sends_change=True,
     )
 
 

@@ -109,6 +109,7 @@ def test_each_client_is_clipped_on_its_own():
 def test_what_cannot_be_wrapped_is_refused():
     for method, message in (
         (h2.local(), "names no shared part"),
+        (h2.fedra(), "uploads changes"),
         (setup("fedavg")[1], "noisy already"),
     ):
         with pytest.raises(h2.FederationError, match=message):
