@@ -108,6 +108,10 @@ class Case:
                 raise FederationError(f"{field} must be at least 1, got {getattr(self, field)}")
         if (self.method == "fedavg") != (self.model == "mlp"):
             raise FederationError("method fedavg is for the mlp, and nothing else is for it")
+        if self.kernels == "triton" and self.method == "fedit":
+            raise FederationError(
+                "kernels triton: a plain LoRA has no core, and so no kernel; take h2tune"
+            )
         if self.model != "mlp" and self.rank < 1:
             raise FederationError(f"rank must be at least 1, got {self.rank}")
 
@@ -153,11 +157,11 @@ def default_plan(backend: str, devices: int) -> list[Case]:
     plan += [case("minilm", clients=clients) for clients in (1, 4, minilm.clients)]
     plan += [case("minilm", axis=axis) for axis in ("vmap", "scan", "4")]
     plan += [case("minilm", rank=rank) for rank in (4, 8, 32)]
-    plan += [case("minilm", kernels=kernels) for kernels in ("xla", "triton")]
     plan += [case("minilm", devices=count) for count in many]
-    plan += [case("minilm", method="h2tune")]
+    pair = lambda model: [case(model, method="h2tune", kernels=name) for name in ("xla", "triton")]
+    plan += pair("minilm")
     for model in ("smollm2", "llama-3.2-1b", "llama-3.2-3b"):
-        plan += [case(model), case(model, kernels="triton")]
+        plan += [case(model), *pair(model)]
     return list(dict.fromkeys(plan))
 
 
@@ -166,7 +170,7 @@ def quick_plan(backend: str) -> list[Case]:
     return [
         default_case("mlp", backend, clients=8),
         default_case("tiny", backend, axis="2"),
-        default_case("tiny", backend, kernels="triton"),
+        default_case("tiny", backend, method="h2tune", kernels="triton"),
         default_case("llama-3.2-3b", backend, clients=1_000_000),
     ]
 

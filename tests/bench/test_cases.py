@@ -15,6 +15,8 @@ def test_the_default_plan_varies_everything_that_was_promised(backend, devices):
     assert seen("axis", "minilm") == {"vmap", "scan", "4"}
     assert seen("rank", "minilm") == {4, 8, 32}
     assert seen("kernels", "minilm") == {"xla", "triton"}
+    for case in (case for case in plan if case.kernels == "triton"):
+        assert dataclasses.replace(case, kernels="xla") in plan
     assert seen("devices", "minilm") == {1, 2, devices}
     assert {c.model for c in plan} == {"mlp", "minilm", "smollm2", "llama-3.2-1b", "llama-3.2-3b"}
     assert len(plan) == len(set(plan))
@@ -38,6 +40,7 @@ def test_a_selection_combines_its_values_and_spares_the_mlp_what_it_has_not():
         ({"model": "minilmm"}, "did you mean 'minilm'"),
         ({"axis": "0"}, "axis '0'"),
         ({"kernels": "cuda"}, "kernels 'cuda'"),
+        ({"kernels": "triton"}, "a plain LoRA has no core"),
         ({"clients": 0}, "clients must be at least 1"),
         ({"method": "fedavg"}, "fedavg is for the mlp"),
         ({"rank": 0}, "rank must be at least 1"),

@@ -67,7 +67,7 @@ def test_what_would_take_too_long_is_refused(nothing_is_allocated):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"kernels": "triton"}, "CUDA device only"),
+        ({"kernels": "triton", "method": "h2tune"}, "CUDA device only"),
         ({"devices": 1000}, "1000 devices are asked for"),
     ],
 )
