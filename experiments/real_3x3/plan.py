@@ -51,6 +51,11 @@ results. The form `h2tune_common` stayed as it was.
   can be told from its rate), alone with all parts at once, another basis, frozen factors.
 - Rows of H2Tune are also measured with their core set to zero after training: what the core carries.
 
+AMENDED a third time, when half of the ablation was done, to stay within some hours: rows that had not run
+yet and whose parameters mean what those of another row do take its rate and have no grid of their own.
+Selections between own factors take that of `select_block`, `h2tune_fast_alone` that of `h2tune_fast`,
+`h2tune_seeded` that of `h2tune`. It makes them comparable at one rate, too.
+
 `plan_groups.py` has the clients, `plan_rows.py` the rows.
 """
 

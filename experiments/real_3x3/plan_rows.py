@@ -64,6 +64,9 @@ TERMS = {
     "keep": "that keeps the core near the last round's",
     "distil": "that keeps the own part near the shared one's answers",
 }
+SELECTIONS = tuple(
+    f"select_{name}" for name in ("block", "score", "score_frozen", "magnitude", "random")
+)
 MOMENTUM: Options = {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}  # in all, steps of 1
 
 
@@ -98,14 +101,14 @@ def default_form() -> dict[str, Row]:
     plain = {"alternation": "joint", **{f"lambda_{term}": "none" for term in TERMS}}
     return {
         "h2tune_fast": h2tune_row(fast, "`h2tune`, the shared part at 10 times the rate"),
-        "h2tune_fast_alone": alone_row(fast, "h2tune_fast"),
+        "h2tune_fast_alone": alone_row(fast, "h2tune_fast")._replace(rate_beside="h2tune_fast"),
         "h2tune_joint_alone": h2tune_row(
             {**BETWEEN, **plain, "sharing": "none"},
             "`h2tune_alone`, all parts at once and without terms",
         ),
         "h2tune_seeded": h2tune_row(
             {**BETWEEN, "basis": "seeded"}, "`h2tune`, basis from one seed"
-        ),
+        )._replace(rate_of="h2tune"),
         "h2tune_frozen": h2tune_row(
             {**BETWEEN, "core": "pure", "train_factors": False},
             "`h2tune`, A T B with A and B frozen at random",
@@ -124,7 +127,7 @@ def ablation(common_basis: Options, name_of_form: str) -> dict[str, Row]:
 
     A change that needs another one has it in its words. What the form has already is left out, so the
     list stays true whatever the form is. Where the parameters keep their meaning a row takes the form's
-    rate.
+    rate, and the selections between own factors take that of the first of them.
     """
     best = {**BETWEEN, **common_basis}
     rows = {}
@@ -135,6 +138,8 @@ def ablation(common_basis: Options, name_of_form: str) -> dict[str, Row]:
         row = h2tune_row({**best, **change}, words)
         if change.get("basis") == "anchored":
             row = row._replace(probe=LARGE_PROBE)
+        if name in SELECTIONS[1:]:
+            row = row._replace(rate_beside=SELECTIONS[0])
         rows[name] = row if anew else row._replace(rate_of=name_of_form)
     return rows
 

@@ -18,6 +18,7 @@ class Row(NamedTuple):
     words: str = ""  # what it is, for tables
     rates: tuple[float, ...] = RATES
     rate_of: str | None = None  # a row of the shared setting, whose rate it takes
+    rate_beside: str | None = None  # the same, a row of the same setting
     also_at: str | None = None  # a row of the same setting, at whose rate it is tested too
     rank: int | None = None  # of every client, scaled as its group is; None: what the group says
     probe: Mapping[str, Any] | None = None  # public texts for this row; None: the setting's

@@ -211,6 +211,8 @@ def planned(setting: Setting, name: str, row: Row, split: str, folder: Path) -> 
 
 def rate_of(setting: Setting, name: str, row: Row, folder: Path) -> float:
     """Return the rate that a row is tested with. Raises `RateUnknown`."""
+    if row.rate_beside is not None:
+        return rate_of(setting, row.rate_beside, setting.rows[row.rate_beside], folder)
     beside = setting.shares if row.rate_of is not None else setting.rates_from
     chosen_in, chosen_by = beside or setting.name, row.rate_of or name
     try:
@@ -224,7 +226,7 @@ def rate_of(setting: Setting, name: str, row: Row, folder: Path) -> float:
 
 def has_grid(setting: Setting, row: Row) -> bool:
     """Say whether a row's rate is chosen here."""
-    return setting.rates_from is None and row.rate_of is None
+    return setting.rates_from is None and row.rate_of is None and row.rate_beside is None
 
 
 class Progress(NamedTuple):
