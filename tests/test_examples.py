@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_run
 import toy
 
 import h2tune_jax as h2
@@ -45,6 +47,46 @@ def test_the_readme_shows_a_federation_that_learns(capsys):
     first, *_, last = map(ast.literal_eval, capsys.readouterr().out.splitlines())
     assert first.keys() == last.keys() == {"small", "large"}
     assert all(last[name] < first[name] for name in first)
+
+
+def block_of(page, word):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    (code,) = (block for block in blocks if word in block)
+    return compile(code, page, "exec")
+
+
+def test_the_api_page_maps_rounds_over_states():
+    code = block_of("docs/api.md", "jax.vmap(round_fn")
+    specs, bases, data = toy.make_specs(), toy.make_bases(), toy.make_data(toy.make_specs())
+    method = h2.h2tune()
+    names = {"h2": h2, "jax": jax, "jnp": jnp, "method": method, "specs": specs, "bases": bases}
+    names |= {"data": data, "round_fn": h2.make_round(method, specs)}
+
+    def two_rounds():
+        exec(code, names)
+        states, metrics = names["states"], names["metrics"]
+        seeds = jnp.arange(8)
+        states, _ = names["many"](states, bases, data, None, None, method.hyper, seeds)
+        return states, metrics
+
+    states, metrics = jax.eval_shape(two_rounds)  # traced, not run
+    assert states.round.shape == ()
+    assert metrics.clients["wide"]["loss"].shape == (8, specs[1].num_clients)
+
+
+def test_the_api_page_takes_a_config_apart(tmp_path, monkeypatch):
+    tiny_run.write_run(tmp_path).rename(tmp_path / "h2tune.toml")
+    monkeypatch.chdir(tmp_path)
+    code = block_of("docs/api.md", "build_federation(config)")
+    names = {"h2": h2, "jax": jax, "jnp": jnp}
+
+    def one_round():
+        exec(code, names)
+        return names["metrics"]
+
+    metrics = jax.eval_shape(one_round)
+    assert metrics.clients["narrow"]["loss"].shape == (2,)
+    assert metrics.clients["wide"]["loss"].shape == (3,)
 
 
 def test_the_methods_page_shows_a_method_that_runs():

@@ -5,7 +5,7 @@ different tasks on different inputs. They share H2Tune's middle matrices and not
 library needs of the model stands between the two rulers: the shapes of its sites, and a loss function
 that calls `adapted(x, w, site)` where the model multiplies by a frozen weight.
 
-Run it: make demo    (about half a minute on two cores)
+Run it: python experiments/bring_your_own_model/federate.py    (about half a minute on two cores)
 """
 
 import jax
