@@ -13,7 +13,13 @@ from h2tune_jax.check import check_federation
 from h2tune_jax.method import FederatedMethod
 from h2tune_jax.round import init_round, resolve_axis
 from h2tune_jax.run.catalog import build_method
-from h2tune_jax.run.federation import Federation, build_federation, loss_of, tree_bytes
+from h2tune_jax.run.federation import (
+    Federation,
+    build_federation,
+    format_cut,
+    loss_of,
+    tree_bytes,
+)
 from h2tune_jax.run.feed import is_repeated
 from h2tune_jax.run.settings import GroupConfig, RunConfig
 from h2tune_jax.types import Adapters, Batch, ClientData, CohortSpec, PyTree, RoundState
@@ -28,6 +34,7 @@ class GroupDescription(NamedTuple):
     model: str
     task: str
     labels: int  # 0 without labels
+    cut: str  # what of its texts was; "" where nothing
     examples: str  # that a client trains on
     tested: int  # rows of a client's test set, at most
     steps: str  # of a client in a round
@@ -62,7 +69,7 @@ class Description(NamedTuple):
 def describe(config: RunConfig, federation: Federation | None = None) -> Description:
     """Describe what a config will run; checks what `init_round` would check.
 
-    Traffic is what the method counts as `numbers_up` and `numbers_down`, where that is the size of whole
+    Traffic is what the method counts as `bytes_up` and `bytes_down`, where that is the size of whole
     arrays. Where it depends on a client's state (entries that were selected, a rank that shrinks), it is
     all that the upload or download holds but masks, what is sent at first contact only with it.
 
@@ -152,7 +159,7 @@ def _describe_client(
 
     def train(*args: Any) -> tuple[PyTree, Any, Any]:
         _, upload, metrics = method.client_update(spec, *args)
-        return upload, metrics["numbers_up"], metrics["numbers_down"]
+        return upload, metrics["bytes_up"], metrics["bytes_down"]
 
     base, hyper = jax.tree.map(_shape, (federation.bases[place], method.hyper))
     traced, (upload, *_) = jax.make_jaxpr(train, return_shape=True)(
@@ -160,7 +167,7 @@ def _describe_client(
     )
     # A count of whole arrays is a constant of the program; others depend on the client's state.
     counts = [
-        round(float(count.val)) * spec.dtype.itemsize if isinstance(count, Literal) else None
+        round(float(count.val)) if isinstance(count, Literal) else None
         for count in traced.jaxpr.outvars[-2:]
     ]
     up, down = (
@@ -193,7 +200,7 @@ def _step_bytes(
     facts, budget = federation.groups[place], group.budget
     assert facts.model is not None
     # Of a batch in parts one part's activations live at a time.
-    loss_fn = loss_of(facts.model, group.task.kind, group.task.normalise, 1)
+    loss_fn = loss_of(facts.model, group.task.kind, group.task.normalise, None)
     rows = budget.batch_size // budget.microbatches
     part = lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[2:]), leaf.dtype)
     mask: Any = jax.ShapeDtypeStruct((rows,), bool)
@@ -234,6 +241,7 @@ def _describe_group(
         model=_describe_model(group, facts.model),
         task=f"{facts.task.rsplit('/', 1)[-1]}, {facts.kind}",
         labels=len(facts.labels),
+        cut=format_cut(facts.cut),
         examples=span(held),
         tested=int(np.max(np.asarray(test))),
         steps=span(steps),
@@ -298,6 +306,7 @@ def format_description(what: Description) -> str:
             f"  model      {group.model}",
             f"  task       {group.task}{labels}; {group.examples} examples and {group.steps} steps a "
             f"client and round, {group.tested} to test on",
+            *([f"  length     {group.cut}"] if group.cut else []),
             f"  adapters   rank {group.rank} on {', '.join(group.targets) or 'nothing'}: "
             f"{group.adapter:,} parameters a client, and {group.head:,} of its head",
             f"  traffic    at most {format_bytes(group.bytes_up)} up and "

@@ -11,7 +11,7 @@ import numpy as np
 from h2tune_jax import tasks
 from h2tune_jax.models.model import Model
 from h2tune_jax.run.load_models import Loaded, ModelSources, head_of
-from h2tune_jax.run.load_tasks import GroupData, encode_inputs, load_groups, read_texts
+from h2tune_jax.run.load_tasks import Cut, GroupData, encode_inputs, load_groups, read_texts
 from h2tune_jax.run.settings import GroupConfig, RunConfig, TaskConfig
 from h2tune_jax.tasks.objective import accumulate
 from h2tune_jax.types import Budget, ClientData, CohortSpec, FederationError, PyTree, Specs
@@ -28,6 +28,7 @@ class GroupFacts(NamedTuple):
     kind: str  # one of `tasks.objective.TASKS`
     majority: float  # share of the most frequent label among the test rows; NaN without labels
     client_names: tuple[str, ...]
+    cut: Cut = Cut()
 
 
 class Federation(NamedTuple):
@@ -67,6 +68,7 @@ def build_federation(config: RunConfig, *, weights: bool = True) -> Federation:
             kind=group.task.kind,
             majority=rows.majority,
             client_names=group.client_names,
+            cut=rows.cut,
         )
         for group, one, rows in zip(config.groups, loaded, data)
     )
@@ -125,7 +127,12 @@ def _make_spec(config: RunConfig, group: GroupConfig, model: Model, rows: GroupD
         num_clients=group.count,
         model=model.spec,
         rank=group.rank,
-        loss_fn=loss_of(model, task.kind, task.normalise, budget.microbatches),
+        loss_fn=loss_of(
+            model,
+            task.kind,
+            task.normalise,
+            None if budget.microbatches == 1 else budget.batch_size // budget.microbatches,
+        ),
         budget=Budget(
             batch_size=budget.batch_size,
             epochs=budget.epochs,
@@ -143,10 +150,13 @@ def _make_spec(config: RunConfig, group: GroupConfig, model: Model, rows: GroupD
 
 
 @functools.lru_cache(maxsize=256)
-def loss_of(model: Model, kind: str, normalise: Any, microbatches: int) -> Any:
-    """Return a group's loss function: one for equal settings, so that its programs compile once."""
+def loss_of(model: Model, kind: str, normalise: Any, part_size: int | None) -> Any:
+    """Return a group's loss function: one for equal settings, so that its programs compile once.
+
+    `part_size` is of `accumulate`; None computes every batch whole.
+    """
     loss_fn = tasks.make_loss_fn(tasks.forward_of(model, kind), kind, normalise=normalise)
-    return loss_fn if microbatches == 1 else accumulate(loss_fn, microbatches)
+    return loss_fn if part_size is None else accumulate(loss_fn, part_size)
 
 
 def _make_probe(config: RunConfig, tokenizers: list[Any]) -> tuple[PyTree, ...] | None:
@@ -168,6 +178,16 @@ def _make_probe(config: RunConfig, tokenizers: list[Any]) -> tuple[PyTree, ...] 
                 name: np.asarray(arrays[name]) for name in ("input_ids", "attention_mask")
             }
     return tuple(seen[id(tokenizer)] for tokenizer in tokenizers)
+
+
+def format_cut(cut: Cut) -> str:
+    """Say how many of a group's texts were cut; "" where none was."""
+    if cut.num_truncated == 0:
+        return ""
+    return (
+        f"{cut.num_truncated:,} of {cut.num_texts:,} texts cut to {cut.max_length} tokens, by "
+        f"{cut.num_lost_tokens:,} tokens in all"
+    )
 
 
 def client_weights(config: RunConfig, federation: Federation) -> tuple[np.ndarray, ...]:

@@ -2,7 +2,8 @@
 
 Rows are put into an order by a digest of the run's seed and their content. Groups that read the same
 data get disjoint training rows, and nobody trains on what anybody is tested on: first come the shared
-test rows, then the shared validation rows, then each group's own part.
+test rows, then the shared validation rows, then each group's own part. Groups may read the data with
+different templates: rows that are equal to one of them stay together for all.
 """
 
 import typing
@@ -15,7 +16,7 @@ import numpy as np
 from h2tune_jax import tasks
 from h2tune_jax.run.settings import GroupConfig, TaskConfig
 from h2tune_jax.tasks import corpora
-from h2tune_jax.tasks.encoding import Examples, fill_template
+from h2tune_jax.tasks.encoding import Encoded, Examples, fill_template
 from h2tune_jax.tasks.reading import Row, read_column
 from h2tune_jax.types import ClientData, FederationError, near_match
 
@@ -41,6 +42,15 @@ class Split(NamedTuple):
     is_shared: bool  # test and validation
 
 
+class Cut(NamedTuple):
+    """What of a group's texts did not fit; a row that several clients read counts once."""
+
+    num_texts: int = 0
+    num_truncated: int = 0
+    num_lost_tokens: int = 0
+    max_length: int = 0
+
+
 class GroupData(NamedTuple):
     """The arrays of one group's clients: numpy leaves [C, n, ...]."""
 
@@ -49,6 +59,7 @@ class GroupData(NamedTuple):
     test: ClientData
     labels: tuple[str, ...]
     majority: float  # share of the most frequent label among the test rows; NaN without labels
+    cut: Cut
 
 
 def load_groups(
@@ -94,15 +105,62 @@ def _read(task: TaskConfig) -> Source:
     return Source(tasks.read_rows(task.data))
 
 
+def _templates(task: TaskConfig) -> tuple[str, ...]:
+    """Return what the inputs of a task's texts are made with."""
+    if task.kind in ("causal_lm", "multiple_choice"):
+        return (task.prompt,)
+    return (task.text,) if task.pair is None else (task.text, task.pair)
+
+
 def _content(task: TaskConfig, source: Source) -> Callable[[Row], Any]:
     """Say what of a row counts as its content: equal contents stay in one split."""
     if source.images is not None:
         return lambda row: row["index"]
-    templates = {
-        "causal_lm": (task.prompt,),
-        "multiple_choice": (task.prompt,),
-    }.get(task.kind, (task.text,) if task.pair is None else (task.text, task.pair))
+    templates = _templates(task)
     return lambda row: [fill_template(template, row, where=task.data) for template in templates]
+
+
+Forms = Mapping[tuple[str, ...], TaskConfig]
+"""The templates that the rows of one data set are read with, each with a task that has them."""
+
+
+def _forms(source: Source, groups: Sequence[GroupConfig]) -> Forms:
+    images = source.images is not None
+    return {() if images else _templates(group.task): group.task for group in groups}
+
+
+def _split_rows(
+    source: Source, forms: Forms, sizes: Mapping[str, int | None], seed: int
+) -> dict[str, np.ndarray]:
+    """Split rows so that those which any task reads as equal stay together."""
+    read = [(form, _content(forms[form], source)) for form in sorted(forms)]
+    if len(read) == 1:
+        return tasks.split_rows(source.rows, sizes, seed=seed, by=read[0][1])
+    contents = [[(form, *content(row)) for form, content in read] for row in source.rows]
+    units = _units(contents)
+    # The rows of a unit differ: which of them come first must not depend on the file's order.
+    order = sorted(range(len(contents)), key=contents.__getitem__)
+    parts = tasks.split_rows(order, sizes, seed=seed, by=units.__getitem__)
+    return {name: np.array(order)[part] for name, part in parts.items()}
+
+
+def _units(contents: Sequence[Sequence[Any]]) -> list[Any]:
+    """Give each row the name of its unit: rows with a content in common, if by way of other rows.
+
+    Every row has several contents. The smallest in a unit is its name, whatever the rows' order.
+    """
+    above: dict[Any, Any] = {}
+
+    def root(content: Any) -> Any:
+        while (parent := above.setdefault(content, content)) != content:
+            above[content] = above[parent]  # so that paths stay short
+            content = parent
+        return content
+
+    for own in contents:
+        smallest, *rest = sorted(map(root, own))
+        above.update(dict.fromkeys(rest, smallest))
+    return [root(own[0]) for own in contents]
 
 
 def _split_source(source: Source, groups: Sequence[GroupConfig], seed: int) -> list[Split]:
@@ -122,7 +180,9 @@ def _split_source(source: Source, groups: Sequence[GroupConfig], seed: int) -> l
             f"groups {names} each take all that is left of data {groups[0].task.data!r}: say how many "
             "rows each takes (task.train), and partition otherwise than 'by_key'"
         )
-    for group in groups:
+    forms = _forms(source, groups)
+    # By name, for a result that does not depend on the config's order; one form keeps to it, as of old.
+    for group in sorted(groups, key=lambda group: group.name) if len(forms) > 1 else groups:
         if group not in rest:
             task, own = group.task, group.task.held_out == "own"
             assert task.train is not None
@@ -132,7 +192,7 @@ def _split_source(source: Source, groups: Sequence[GroupConfig], seed: int) -> l
         sizes["rest"] = None
     where = f"data {groups[0].task.data!r}"
     try:
-        parts = tasks.split_rows(source.rows, sizes, seed=seed, by=_content(groups[0].task, source))
+        parts = _split_rows(source, forms, sizes, seed)
     except FederationError as error:
         raise FederationError(f"{where}: {error}") from None
     found = []
@@ -271,7 +331,8 @@ def _encode_group(group: GroupConfig, source: Source, split: Split, tokenizer: A
     used = np.unique(np.concatenate(parts))
     rows = [source.rows[i] for i in used]
     where = f"group {group.name!r}"
-    examples = encode_rows(task, rows, tokenizer, labels, images=source.images, where=where)
+    encoded = encode_rows(task, rows, tokenizer, labels, images=source.images, where=where)
+    examples = encoded.examples
     find = lambda part: np.searchsorted(used, part)
 
     def stack(clients: tuple[np.ndarray, ...], shared: bool) -> ClientData:
@@ -295,6 +356,7 @@ def _encode_group(group: GroupConfig, source: Source, split: Split, tokenizer: A
         test=stack(split.test, split.is_shared),
         labels=labels,
         majority=majority,
+        cut=Cut(encoded.num_texts, encoded.num_truncated, encoded.num_lost_tokens, task.max_length),
     )
 
 
@@ -320,13 +382,11 @@ def encode_rows(
     *,
     images: np.ndarray | None = None,
     where: str = "data",
-) -> Examples:
+) -> Encoded:
     """Turn rows into the arrays that the task's loss function reads."""
     form = {"max_length": task.max_length, "where": where}
     if task.kind == "causal_lm":
-        return tasks.encode_answers(
-            rows, tokenizer, prompt=task.prompt, answer=task.answer, **form
-        ).examples
+        return tasks.encode_answers(rows, tokenizer, prompt=task.prompt, answer=task.answer, **form)
     if task.kind == "multiple_choice":
         return tasks.encode_choices(
             rows,
@@ -336,15 +396,17 @@ def encode_rows(
             label_names=labels,
             field=task.label,
             **form,
-        ).examples
+        )
     if images is None:
-        examples = encode_inputs(task, rows, tokenizer, where=where)
+        inputs = _encode_texts(task, rows, tokenizer, where)
     else:
         pixels = images[[row["index"] for row in rows]].astype(np.float32) / 255
-        examples = {"pixel_values": (pixels[:, None] - 0.5) / 0.5}
+        inputs = Encoded({"pixel_values": (pixels[:, None] - 0.5) / 0.5}, 0, 0, 0)
     if task.kind == "regression":
-        return examples | {"targets": tasks.encode_targets(rows, field=task.target, where=where)}
-    return examples | {"labels": tasks.encode_labels(rows, labels, field=task.label, where=where)}
+        wanted = {"targets": tasks.encode_targets(rows, field=task.target, where=where)}
+    else:
+        wanted = {"labels": tasks.encode_labels(rows, labels, field=task.label, where=where)}
+    return inputs._replace(examples=inputs.examples | wanted)
 
 
 def encode_inputs(
@@ -355,6 +417,10 @@ def encode_inputs(
         return tasks.encode_prompts(
             rows, tokenizer, max_length=task.max_length, prompt=task.prompt, where=where
         ).examples
+    return _encode_texts(task, rows, tokenizer, where).examples
+
+
+def _encode_texts(task: TaskConfig, rows: Sequence[Row], tokenizer: Any, where: str) -> Encoded:
     return tasks.encode_texts(
         rows, tokenizer, max_length=task.max_length, text=task.text, pair=task.pair, where=where
-    ).examples
+    )

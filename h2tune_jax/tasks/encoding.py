@@ -34,6 +34,7 @@ class Encoded(NamedTuple):
     examples: Examples  # leaves [n, ...]
     num_truncated: int  # texts that were cut
     num_lost_tokens: int
+    num_texts: int  # with a prompt, of every answer or choice behind it
 
 
 def fill_template(template: Template, row: Row, *, where: str = "data") -> str:
@@ -139,7 +140,7 @@ def encode_texts(
     examples = _pad_tokens(found["input_ids"], max_length, tokenizer, where)
     if pairs is not None and "token_type_ids" in found:
         examples["token_type_ids"] = _pad(found["token_type_ids"], max_length, 0)
-    return Encoded(examples, len(long), num_lost)
+    return Encoded(examples, len(long), num_lost, len(texts))
 
 
 def encode_answers(
@@ -181,7 +182,7 @@ def encode_prompts(
     kept = [_cut_start(ids, max_length, tokenizer) for ids in starts]
     lost = [len(ids) - len(short) for ids, short in zip(starts, kept)]
     examples = _pad_tokens(kept, max_length, tokenizer, where)
-    return Encoded(examples, sum(n > 0 for n in lost), sum(lost))
+    return Encoded(examples, sum(n > 0 for n in lost), sum(lost), len(lost))
 
 
 def encode_choices(
@@ -212,7 +213,8 @@ def encode_choices(
     Returns:
       `input_ids`, `attention_mask`, `answer_mask` [n, Ch, T], `lengths` [n, Ch], `labels` [n].
       Rows with fewer choices than others are filled up by repeating their first with an empty answer
-      mask: such a choice cannot be chosen.
+      mask: such a choice cannot be chosen. Choices of a row that differ until they are cut are an error:
+      which of them is right could not be learned.
     """
     read = choices if callable(choices) else lambda row: row[choices]
     if not callable(choices):
@@ -252,13 +254,17 @@ def _join(
     end: bool = True,
     origin: Sequence[int] | None = None,
 ) -> Encoded:
-    """Put tokenised answers behind tokenised prompts; `origin` numbers them for errors."""
+    """Put tokenised answers behind tokenised prompts.
+
+    `origin` says which answers are choices of one row, and numbers the rows for errors.
+    """
     if max_length < 2:
         raise FederationError(f"{where}: max_length must be at least 2, got {max_length}")
     starts = _tokenise(tokenizer, prompts, None)["input_ids"]
     ends = _tokenise(tokenizer, answers, None, add_special_tokens=False)["input_ids"]
     last = getattr(tokenizer, "eos_token_id", None)
     sequences, masks, num_truncated, num_lost = [], [], 0, 0
+    firsts: dict[tuple, int] = {}  # of the choices that are alike once they are cut
     for i, (start, finish) in enumerate(zip(starts, ends)):
         if end and last is not None:
             finish = [*finish, last]
@@ -271,11 +277,22 @@ def _join(
             num_truncated, num_lost = num_truncated + 1, num_lost + excess
             finish = finish[: max_length - 1]
             start = _cut_start(start, max_length - len(finish), tokenizer)
+        if origin is not None:
+            first = firsts.setdefault((origin[i], *start, None, *finish), i)
+            if ends[first] != ends[i]:
+                raise FederationError(
+                    f"{where}, row {origin[i]}: two choices of {_shorten(prompts[i])!r} are one once "
+                    f"they are cut to {max_length} tokens; raise max_length"
+                )
         sequences.append([*start, *finish])
         masks.append([False] * len(start) + [True] * len(finish))
     examples = _pad_tokens(sequences, max_length, tokenizer, where)
     examples["answer_mask"] = _pad(masks, max_length, 0).astype(bool)
-    return Encoded(examples, num_truncated, num_lost)
+    return Encoded(examples, num_truncated, num_lost, len(sequences))
+
+
+def _shorten(text: str, room: int = 80) -> str:
+    return text if len(text) <= room else f"{text[: room - 3]}..."
 
 
 def _cut_start(ids: list[int], room: int, tokenizer: Any) -> list[int]:

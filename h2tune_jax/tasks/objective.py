@@ -72,27 +72,29 @@ def make_loss_fn(
     return loss_fn
 
 
-def accumulate(loss_fn: LossFn, microbatches: int) -> LossFn:
+def accumulate(loss_fn: LossFn, part_size: int) -> LossFn:
     """Compute a loss function part by part, so that only one part's activations live at once.
 
-    The batch is cut into so many parts of equal room, one after the other; each is computed again in
-    the backward pass. Parts weigh by what their loss counts (`positions`, else the mask), so loss, metrics,
-    `logits`, `positions` and every gradient equal the whole batch's to rounding. Dropout keys differ
-    from part to part. A batch size that is no multiple of `microbatches` is an error.
+    A batch is cut into parts of `part_size` rows, one after the other; each is computed again in the
+    backward pass. What is fixed is their size, not their number: training, evaluation and prediction
+    call one loss function with batches of any size. The last part is filled up with rows that are
+    masked out; a batch that fits into one part is computed as it is. Parts weigh by what their loss
+    counts (`positions`, else the mask), so loss, metrics, `logits`, `positions` and every gradient equal
+    the whole batch's to rounding. Dropout keys differ from part to part.
     """
-    if microbatches < 1:
-        raise FederationError(f"microbatches must be at least 1, got {microbatches}")
+    if part_size < 1:
+        raise FederationError(f"part_size must be at least 1, got {part_size}")
 
     def accumulated(
         adapters: Adapters, base: PyTree, batch: Batch, key: Array | None
     ) -> tuple[Array, Metrics]:
         size = batch.mask.shape[0]
-        if size % microbatches:
-            raise FederationError(
-                f"a batch of {size} cannot be cut into {microbatches} microbatches of equal size"
-            )
+        if size <= part_size:
+            return loss_fn(adapters, base, batch, key)
+        num_parts = -(-size // part_size)
         parts = jax.tree.map(
-            lambda leaf: leaf.reshape(microbatches, size // microbatches, *leaf.shape[1:]), batch
+            lambda leaf: leaf.reshape(num_parts, part_size, *leaf.shape[1:]),
+            _fill_up(batch, num_parts * part_size - size),
         )
 
         @jax.checkpoint
@@ -105,7 +107,7 @@ def accumulate(loss_fn: LossFn, microbatches: int) -> LossFn:
         def visit(carry: None, x: tuple[Batch, Array]) -> tuple[None, tuple]:
             return carry, one(*x)
 
-        places = jnp.arange(microbatches, dtype=jnp.int32)
+        places = jnp.arange(num_parts, dtype=jnp.int32)
         _, (loss, counted, seen) = jax.lax.scan(visit, None, (parts, places))
         share = counted / jnp.maximum(jnp.sum(counted), 1)
 
@@ -119,10 +121,19 @@ def accumulate(loss_fn: LossFn, microbatches: int) -> LossFn:
         metrics = {}
         for name, value in seen.items():
             whole = name in ("logits", "positions")
-            metrics[name] = value.reshape(size, *value.shape[2:]) if whole else mean(value)
+            metrics[name] = value.reshape(-1, *value.shape[2:])[:size] if whole else mean(value)
         return mean(loss), metrics
 
     return accumulated
+
+
+def _fill_up(batch: Batch, spare: int) -> Batch:
+    """Add rows that do not count: repeats of the last, which no model answers with NaN."""
+    if spare == 0:
+        return batch
+    repeat = lambda leaf: jnp.concatenate([leaf, jnp.repeat(leaf[-1:], spare, axis=0)])
+    mask = jnp.concatenate([batch.mask, jnp.zeros(spare, bool)])
+    return Batch(jax.tree.map(repeat, batch.examples), mask)
 
 
 def make_evaluate_fn(

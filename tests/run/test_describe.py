@@ -1,6 +1,7 @@
 """The dry run's account of a federation, against counts by hand and against a real round."""
 
 import logging
+import re
 
 import jax
 import numpy as np
@@ -172,6 +173,17 @@ def test_text(folder):
         "memory on the device, estimated:",
     ):
         assert words in text
+
+
+def test_what_does_not_fit_is_said_of_the_group(folder):
+    lines = format_description(
+        describe(local(folder, "groups.wide.task.max_length=9"))
+    ).splitlines()
+    (line,) = [line for line in lines if "cut" in line]
+    assert re.fullmatch(
+        r"  length     (\d+) of 38 texts cut to 9 tokens, by \1 tokens in all", line
+    )
+    assert lines.index(line) > lines.index("wide: 3 clients, all a round")
 
 
 def test_what_the_engine_would_refuse_is_refused(folder):

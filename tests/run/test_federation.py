@@ -18,7 +18,12 @@ from h2tune_jax.models.model import base_shapes
 from h2tune_jax.run.byte_tokenizer import ByteTokenizer
 from h2tune_jax.run.catalog import build_method
 from h2tune_jax.run.config import PruneConfig, make_config, parse_config
-from h2tune_jax.run.federation import build_federation
+from h2tune_jax.run.events import Notice
+from h2tune_jax.run.federation import Cut, build_federation, format_cut
+from h2tune_jax.run.folder import RunFolder
+from h2tune_jax.run.loop import simulate
+from h2tune_jax.run.notices import read_notices
+from h2tune_jax.run.use import predict
 from h2tune_jax.tasks import corpora
 from h2tune_jax.types import Batch, FederationError
 
@@ -33,7 +38,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-def one_group(folder, task, *, shape="bert", count=2, probe=None, **model):
+def one_group(folder, task, *, shape="bert", count=2, probe=None, budget=None, **model):
     """A config of one group with a random model."""
     model = {"source": "random", "tokenizer": "bytes", "shape": SHAPES[shape], **model}
     if shape == "bert":
@@ -43,6 +48,8 @@ def one_group(folder, task, *, shape="bert", count=2, probe=None, **model):
         "method": {"name": "local"},
         "groups": [{"name": "one", "count": count, "rank": 2, "model": model, "task": task}],
     }
+    if budget is not None:
+        data["groups"][0]["budget"] = budget
     return make_config(data | ({"probe": probe} if probe else {}))
 
 
@@ -280,6 +287,81 @@ def test_microbatches_split_the_loss(folder):
     adapters = h2.Adapters({}, spec.init_head_fn(jax.random.key(0)))
     losses = [jax.jit(s.loss_fn)(adapters, base, batch, None) for s in (spec, whole.specs[0])]
     np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-6)
+
+
+def write_choices(folder):
+    """Write questions with two choices each: -> a task that asks them."""
+    rows = [{"text": f"thing {i}", "options": ["red", "blue"], "right": i % 2} for i in range(40)]
+    path = folder / "choices.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "data": str(path), "kind": "multiple_choice", "train": 8, "test": 9, "max_length": 16,
+        "prompt": "{text}", "choices": "options", "label": "right",
+    }  # fmt: skip
+
+
+def test_microbatches_are_tested_and_asked_like_whole_batches(tmp_path):
+    """In batches that no number of parts of theirs divides, and row by row."""
+    ends, answers = [], []
+    for name, parts in (("whole", 1), ("parts", 2)):
+        config = one_group(
+            tmp_path, write_choices(tmp_path), shape="gpt2", count=1,
+            budget={"batch_size": 4, "microbatches": parts},
+        )  # fmt: skip
+        evaluation = config.evaluation.model_copy(update={"batch_size": 5})
+        config = config.model_copy(update={"evaluation": evaluation})
+        result = simulate(config, out=tmp_path / name)
+        ends.append(result.records[-1]["evaluation"]["trained"]["one"])
+        question = {"text": "thing 3", "options": ["red", "blue"]}
+        answers.append(predict(tmp_path / name, "one/0", question))
+    for name, value in ends[0].items():
+        np.testing.assert_allclose(ends[1][name], value, rtol=1e-4)
+    assert answers[0] == answers[1]
+    assert answers[0] in ("red", "blue")
+
+
+# Texts that do not fit
+
+
+def test_what_is_cut_is_counted_once_and_said(folder, tmp_path):
+    lines = (folder / "words.jsonl").read_text().splitlines()
+    lengths = [1 + len(json.loads(line)["text"]) for line in lines]
+    task = {"data": str(folder / "words.jsonl"), "train": 51, "test": 18, "max_length": 8}
+    config = one_group(folder, task)  # two clients, tested on the same rows
+    (facts,) = build_federation(config, weights=False).groups
+    lost = [length - 8 for length in lengths if length > 8]
+    assert facts.cut == Cut(120, len(lost), sum(lost), 8)
+    text = f"{len(lost)} of 120 texts cut to 8 tokens, by {sum(lost)} tokens in all"
+    assert format_cut(facts.cut) == text
+    told, out = [], tmp_path / "run"
+    for _ in range(2):
+        simulate(config, out=out, resume=True, observers=[told.append])
+    notice = Notice(f"group 'one': {text}")
+    assert told[0] == notice
+    assert [line["text"] for line in read_notices(RunFolder(out))] == [notice.text]
+    assert all(format_cut(group.cut) == "" for group in tiny_federation(folder).groups)
+
+
+def test_every_choice_is_a_text(tmp_path):
+    task = {**write_choices(tmp_path), "train": 10, "test": 20, "max_length": 13}
+    (facts,) = build_federation(one_group(tmp_path, task, shape="gpt2"), weights=False).groups
+    # Begin, "thing 12" and " blue" are 14 tokens, with "thing 3" 13.
+    assert facts.cut == Cut(80, 30, 30, 13)
+
+
+def test_choices_that_the_cut_makes_one_are_refused(tmp_path):
+    rows = [
+        {"text": f"thing {i}", "options": ["it is red", "it is blue"], "right": 0}
+        for i in range(30)
+    ]
+    path = tmp_path / "alike.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        **write_choices(tmp_path), "data": str(path), "labels": ["0", "1"], "max_length": 7,
+    }  # fmt: skip
+    words = r"group 'one', row 0: two choices of 'thing \d+' are one .* 7 tokens; raise max_length"
+    with pytest.raises(FederationError, match=words):
+        build_federation(one_group(tmp_path, task, shape="gpt2", count=1), weights=False)
 
 
 # What cannot be built

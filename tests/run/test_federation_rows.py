@@ -7,6 +7,7 @@ import pytest
 import tiny_run
 from tiny_run import tiny_federation
 
+from h2tune_jax import tasks
 from h2tune_jax.run.byte_tokenizer import ByteTokenizer
 from h2tune_jax.run.federation import build_federation, client_weights, find_client
 from h2tune_jax.types import FederationError
@@ -80,6 +81,70 @@ def test_groups_on_the_same_data(folder):
     tests = [set(texts_of(data, 0)) for data in federation.test]
     assert tests[1] < tests[0]  # the same rows are held out from all
     assert not (ours | theirs) & tests[0]
+
+
+def by_two_templates(folder):
+    """Two groups on rows that both of them read as equal in part, each in its own way.
+
+    Of every four rows `narrow` reads the first two as equal and the last two, `wide` the middle two:
+    they are one by way of each other.
+    """
+    rows = [
+        {
+            "text": f"t{i // 4}.{i % 4 // 2}",
+            "topic": f"p{i // 4}.{(i % 4 + 1) // 2}",
+            "label": "ab"[i % 2],
+        }
+        for i in range(80)
+    ]
+    (folder / "read.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tiny_run.tiny_config(
+        folder, f"groups.*.task.data={folder / 'read.jsonl'}", "groups.wide.task.text={topic}"
+    )
+
+
+def quartets(data):
+    """Which quartets of rows the clients' texts come from."""
+    texts = [text for i in range(len(data.num_examples)) for text in texts_of(data, i)]
+    return {text[1:].split(".")[0] for text in texts}
+
+
+def test_what_one_group_reads_as_equal_is_together_for_all(folder):
+    federation = build_federation(by_two_templates(folder))
+    trained = [quartets(data) for data in federation.train]
+    held = quartets(federation.test[0]), quartets(federation.validation[0])
+    assert held == (quartets(federation.test[1]), quartets(federation.validation[1]))
+    parts = [*trained, *held]
+    assert len(set.union(*parts)) == sum(map(len, parts))  # no quartet is in two of them
+
+
+@pytest.mark.parametrize("how", ["groups", "rows"])
+def test_readings_are_split_alike_in_any_order(folder, how):
+    config = by_two_templates(folder)
+    one = build_federation(config)
+    if how == "groups":
+        other = build_federation(config.model_copy(update={"groups": config.groups[::-1]}))
+        found = [part[::-1] for part in (other.train, other.validation, other.test)]
+    else:
+        path = folder / "read.jsonl"
+        path.write_text("\n".join(reversed(path.read_text().splitlines())))
+        other = build_federation(config)
+        found = [other.train, other.validation, other.test]
+    for part, again in zip((one.train, one.validation, one.test), found):
+        for data, same in zip(part, again):
+            np.testing.assert_array_equal(data.examples["input_ids"], same.examples["input_ids"])
+
+
+def test_groups_that_read_alike_are_split_by_what_they_read(folder):
+    """The digest that results on the disk were made with."""
+    rows = [json.loads(line) for line in (folder / "words.jsonl").read_text().splitlines()]
+    federation = tiny_federation(folder, f"groups.wide.task.data={folder / 'words.jsonl'}")
+    sizes = {"test": 8, "validation": 6, "narrow": 24, "wide": 24}
+    parts = tasks.split_rows(rows, sizes, seed=3, by=lambda row: [row["text"]])
+    assert texts_of(federation.test[1], 2) == [rows[i]["text"] for i in parts["test"]]
+    for name, data in zip(("narrow", "wide"), federation.train):
+        own = [text for i in range(len(data.num_examples)) for text in texts_of(data, i)]
+        assert sorted(own) == sorted(rows[i]["text"] for i in parts[name])
 
 
 def test_draw_lets_clients_share_rows(folder):

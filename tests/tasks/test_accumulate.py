@@ -9,6 +9,8 @@ import pytest
 import toy
 
 import h2tune_jax as h2
+from h2tune_jax.methods.fed_hello.fisher import layer_scores
+from h2tune_jax.methods.lora import init_factors
 from h2tune_jax.tasks.objective import TASKS, accumulate, make_loss_fn
 from h2tune_jax.types import Adapters, Batch, FederationError
 
@@ -47,8 +49,9 @@ MASKS = {
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("parts", [1, 2, 4, 8])
-def test_value_metrics_logits_and_gradients_are_those_of_the_whole(task, parts):
+@pytest.mark.parametrize("part_size", [1, 2, 3, 4, 5, 8])
+def test_value_metrics_logits_and_gradients_are_those_of_the_whole(task, part_size):
+    """Also where the last part has rows to spare: of 8 rows 3 and 3 and 2, or 5 and 3."""
     base, adapters, examples = make_case(task)
     loss_fn = make_loss_fn(forward, task)
 
@@ -57,7 +60,7 @@ def test_value_metrics_logits_and_gradients_are_those_of_the_whole(task, parts):
         run = lambda fn: jax.value_and_grad(
             lambda ours: fn(ours, base, Batch(examples, mask), None), has_aux=True
         )(adapters)
-        return run(loss_fn), run(accumulate(loss_fn, parts))
+        return run(loss_fn), run(accumulate(loss_fn, part_size))
 
     for mask in MASKS.values():
         whole, split = measure(adapters, jnp.asarray(mask))
@@ -73,9 +76,35 @@ def test_dropout_differs_from_part_to_part():
         return kept.mean(), {"logits": kept[:, None], "positions": batch.mask}
 
     batch = Batch({}, jnp.ones(64, bool))
-    _, seen = accumulate(loss_fn, 2)(Adapters({}, None), {}, batch, jax.random.key(0))
+    _, seen = accumulate(loss_fn, 32)(Adapters({}, None), {}, batch, jax.random.key(0))
     first, second = seen["logits"].reshape(2, 32)
     assert bool((first != second).any())
+
+
+def test_a_batch_of_one_part_is_the_plain_loss():
+    """Single rows, such as `predict` asks about, and the end of a test set."""
+
+    def loss_fn(adapters, base, batch, key):
+        return jax.random.uniform(key), {"size": jnp.asarray(batch.mask.shape[0])}
+
+    split, key = accumulate(loss_fn, 4), jax.random.key(0)
+    for size in (1, 3, 4):
+        args = Adapters({}, None), {}, Batch({}, jnp.ones(size, bool)), key
+        assert split(*args) == loss_fn(*args)
+
+
+def test_what_fills_the_last_part_up_is_a_row_of_the_batch_and_does_not_count():
+    def loss_fn(adapters, base, batch, key):
+        x, seen = batch.examples["x"], batch.mask.astype(jnp.float32)
+        # Zeros in place of real rows would have no value here.
+        mean = (seen / x).sum() / seen.sum()
+        return mean, {"logits": x, "positions": batch.mask}
+
+    batch = Batch({"x": jnp.asarray([1.0, 2, 4, 8, 16])}, jnp.ones(5, bool))
+    loss, seen = accumulate(loss_fn, 3)(Adapters({}, None), {}, batch, None)
+    assert float(loss) == pytest.approx((1 + 1 / 2 + 1 / 4 + 1 / 8 + 1 / 16) / 5)
+    np.testing.assert_array_equal(seen["logits"], batch.examples["x"])
+    np.testing.assert_array_equal(seen["positions"], batch.mask)
 
 
 def test_counts_average_as_numbers():
@@ -106,7 +135,7 @@ def test_one_part_lives_at_a_time():
 
     kept = 4 * 2048 * 128 * 4  # bytes of four hidden layers
     assert temporary(loss_fn) >= kept
-    assert temporary(accumulate(loss_fn, 8)) < kept / 3
+    assert temporary(accumulate(loss_fn, 2048 // 8)) < kept / 3
 
 
 @pytest.mark.slow
@@ -114,9 +143,9 @@ def test_methods_do_not_notice():
     """A round of H2Tune, whose distillation reads the logits, ends where the whole batches end."""
     method = h2.h2tune(learning_rate=1e-2, warmup_rounds=0, lambda_distil=1.0)
     ends = []
-    for parts in (1, 2):
+    for part_size in (4, 2):
         specs = tuple(
-            dataclasses.replace(spec, loss_fn=accumulate(spec.loss_fn, parts))
+            dataclasses.replace(spec, loss_fn=accumulate(spec.loss_fn, part_size))
             for spec in toy.make_specs()[:1]
         )
         bases, data = toy.make_bases()[:1], toy.make_data(specs)
@@ -128,10 +157,22 @@ def test_methods_do_not_notice():
     toy.assert_trees_close(*ends, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("target", ["logit", "log_likelihood"])
+def test_layers_are_scored_as_by_the_plain_loss(target):
+    """Fed-HeLLo scores by batches of one example."""
+    spec = toy.make_specs()[0]
+    factors = init_factors(spec, jax.random.key(0))
+    factors = jax.tree.map(lambda leaf: leaf + 0.1, factors)
+    head = spec.init_head_fn(jax.random.key(1))
+
+    def scores(loss_fn):
+        own = dataclasses.replace(spec, loss_fn=loss_fn)
+        rest = factors, head, toy.server_set()[0], target
+        return jax.jit(lambda base: layer_scores(own, base, *rest))(toy.make_bases()[0])
+
+    np.testing.assert_array_equal(scores(accumulate(spec.loss_fn, 2)), scores(spec.loss_fn))
+
+
 def test_refusals():
-    loss_fn = lambda *args: (jnp.zeros(()), {})
-    with pytest.raises(FederationError, match="at least 1, got 0"):
-        accumulate(loss_fn, 0)
-    batch = Batch({}, jnp.ones(6, bool))
-    with pytest.raises(FederationError, match="a batch of 6 cannot be cut into 4"):
-        accumulate(loss_fn, 4)(Adapters({}, None), {}, batch, None)
+    with pytest.raises(FederationError, match="part_size must be at least 1, got 0"):
+        accumulate(lambda *args: (jnp.zeros(()), {}), 0)

@@ -16,7 +16,7 @@ def test_texts_are_padded_and_cut_and_the_cut_is_counted():
     same(found.examples["input_ids"], [[1, 10, 11, 0], [1, 10, 11, 12], [1, 10, 11, 12]])
     same(found.examples["lengths"], [3, 4, 4])
     same(found.examples["attention_mask"], [[1, 1, 1, 0], [1] * 4, [1] * 4])
-    assert (found.num_truncated, found.num_lost_tokens) == (1, 3)
+    assert (found.num_truncated, found.num_lost_tokens, found.num_texts) == (1, 3, 3)
     assert {k: v.dtype.name for k, v in found.examples.items()} == {
         "input_ids": "int32",
         "attention_mask": "bool",
@@ -82,6 +82,36 @@ def test_choices_stand_behind_their_prompt():
         field="right",
     )
     same(numbered.examples["labels"], [1])
+    assert (found.num_truncated, found.num_texts) == (0, 5)
+
+
+def test_choices_that_the_cut_makes_one_are_refused():
+    """Nobody could tell which of the two is right."""
+    row = {"prompt": "q", "choices": ["a b c d", "a b c x"], "label": 1}
+    call = lambda *rows, width: encoding.encode_choices(
+        rows, Words(), max_length=width, where="group 'one'"
+    )
+    kept = call(row, width=5)  # one token of the prompt, and all of the answers
+    assert (kept.num_truncated, kept.num_texts) == (2, 2)
+    plain = {"prompt": "q", "choices": ["a", "b"], "label": 0}
+    message = "group 'one', row 1: two choices of 'q' are one once they are cut to 4 tokens"
+    with pytest.raises(FederationError, match=f"{message}; raise max_length"):
+        call(plain, row, width=4)
+    longer = {**row, "prompt": "word " * 40}
+    with pytest.raises(FederationError, match=r"of 'word [word ]{72}\.\.\.' are one"):
+        call(longer, width=4)
+    # One choice that ends where the other is cut.
+    with pytest.raises(FederationError, match="two choices of 'q'"):
+        call({**row, "choices": ["a b c", "a b c d"]}, width=4)
+
+
+def test_choices_that_were_one_before_are_taken_as_they_are():
+    """A slip of the data, not of the settings; equal answers of other rows are none at all."""
+    same_twice = {"prompt": "q", "choices": ["a b c d", "a b c d"], "label": 1}
+    other = {"prompt": "q", "choices": ["a b c x", "e"], "label": 1}
+    found = encoding.encode_choices([same_twice, other], Words(), max_length=4)
+    same(found.examples["input_ids"][0, 0], found.examples["input_ids"][0, 1])
+    same(found.examples["input_ids"][0, 0], found.examples["input_ids"][1, 0])
 
 
 def test_labels_and_targets():

@@ -26,7 +26,7 @@ def layer_scores(
     `log_likelihood` squares the gradient of the loss, `logit` that of the true label's logit, as the
     public code does. The latter is read off a cross-entropy, logsumexp(logits) - loss, so it needs a loss
     function that reports `logits`; over the positions that count it is their mean. Batches have one
-    example, so a loss function that cuts its batch into parts (`accumulate`) cannot be scored by.
+    example, which a loss function that takes its batches in parts (`accumulate`) computes whole.
     """
 
     def objective(factors: Parts, example: PyTree) -> Array:
