@@ -57,6 +57,23 @@ SCHEDULES: Mapping[str, Callable[..., Schedule]] = {"cosine": cosine_schedule}
 """Schedules over the steps within a round."""
 
 
+_Range = tuple[Callable[[float], bool], str]
+_SHARE: _Range = lambda x: 0 <= x < 1, "at least 0 and below 1"
+_POSITIVE: _Range = lambda x: 0 < x < math.inf, "above 0"
+
+_RANGES: Mapping[str, _Range] = {
+    "b1": _SHARE,
+    "b2": _SHARE,
+    "momentum": _SHARE,
+    "eps": _POSITIVE,
+    "eps_root": (lambda x: 0 <= x < math.inf, "at least 0"),
+    "learning_rate": _POSITIVE,
+    "smooth_beta": _POSITIVE,
+    "warmup": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+}
+"""What the numbers in these tables may be. A mean that keeps a share of 1 learns nothing."""
+
+
 class OptionError(FederationError):
     """A method's option that cannot be had; `option` is its key in the config's table `method`."""
 
@@ -250,6 +267,9 @@ def _make(name: str, value: Any, table: Mapping[str, Callable[..., Any]]) -> Any
         is_flag = isinstance(known[option], bool)
         if isinstance(given, bool) != is_flag or not isinstance(given, bool | int | float):
             wanted = "true or false" if is_flag else "a number"
+            raise OptionError(name, f"{option} must be {wanted}, not {given!r}")
+        fits, wanted = _RANGES.get(option, (lambda x: True, ""))
+        if not is_flag and not fits(given):
             raise OptionError(name, f"{option} must be {wanted}, not {given!r}")
     return build(**options)
 

@@ -64,6 +64,7 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 
+_STEP = re.compile(r"[0-9]{6}|[1-9][0-9]{6,}")  # as `checkpoint_path` writes it, and no other way
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _TRIES = 5
 
@@ -84,7 +85,7 @@ def checkpoint_path(folder: RunFolder, step: int) -> Path:
 def steps(folder: RunFolder | str | os.PathLike) -> list[int]:
     """Return the rounds that there are checkpoints of, oldest first, whether whole or not."""
     names = names_in(_folder(folder).checkpoints)
-    return sorted(int(name) for name in names if re.fullmatch(r"\d{6,}", name))
+    return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
 
 def broken(folder: RunFolder) -> list[str]:

@@ -8,12 +8,12 @@ import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from h2tune_jax.run import loop, numbers
-from h2tune_jax.run.catalog import method_config
+from h2tune_jax.run.catalog import build_method, method_config
 from h2tune_jax.run.config import RunConfig, make_config
 from h2tune_jax.run.describe import describe
 from h2tune_jax.run.disk import RunError, write_whole, writing
@@ -23,6 +23,7 @@ from h2tune_jax.run.folder import RunFolder, holds_run, read_facts
 from h2tune_jax.run.memory import free_memory
 from h2tune_jax.run.notices import PassOn
 from h2tune_jax.run.paired import Comparison, ComparisonRow, compare_scores
+from h2tune_jax.run.programs import Programs
 from h2tune_jax.run.report import write_report
 from h2tune_jax.run.report.view import final_score, read_view
 from h2tune_jax.run.seeds import simulate_seeds, why_apart
@@ -107,10 +108,12 @@ def compare(
             if why_apart([federations[seed] for seed in fresh]) is not None:
                 size = 1
         teams += [tuple(fresh[i : i + size]) for i in range(0, len(fresh), size)]
+        before = None
         for team in teams:
             _build(federations, own, team)
             places = [_folder(out, method, seed) for seed in team]
-            _run(own, team, places, tuple(observers), federations, stop_request)
+            before = _programs(own, team[0], federations[team[0]], before)
+            _run(own, team, places, tuple(observers), federations, stop_request, before.programs)
 
     folders = [_folder(out, method, seed) for method in methods for seed in listed]
     found = compare_scores([final_score(read_view(folder)) for folder in folders], baseline)
@@ -131,6 +134,23 @@ def _build(federations: dict[int, Federation], config: RunConfig, seeds: Sequenc
             federations[seed] = made._replace(bases=shared)
 
 
+class _Seed(NamedTuple):
+    """A seed of a method, for which its programs are compiled."""
+
+    programs: Programs
+    federation: Federation
+
+
+def _programs(config: RunConfig, seed: int, federation: Federation, before: _Seed | None) -> _Seed:
+    """Set up a seed's programs: those of the seed of this method before it, where they fit."""
+    if before is None or before.programs.specs != federation.specs:
+        args = build_method(config), federation.specs, federation.bases, federation.probe, config
+        return _Seed(Programs(*args).with_seed(seed, federation.probe), federation)
+    is_alike = why_apart([before.federation, federation]) is None
+    again = before.programs.with_seed(seed, federation.probe, compiled=is_alike)
+    return _Seed(again, federation)
+
+
 def _run(
     config: RunConfig,
     team: Sequence[int],
@@ -138,19 +158,25 @@ def _run(
     observers: tuple[Observer, ...],
     federations: Mapping[int, Federation],
     stop_request: Callable[[], bool] | None,
+    programs: Programs,
 ) -> None:
     """Run one seed, or several together, to the end; `RunError` where that was interrupted."""
     if len(team) == 1:
-        results = [
-            loop.simulate(
-                config.model_copy(update={"seed": team[0]}),
-                out=places[0],
-                resume=True,
-                observers=observers,
-                federation=federations[team[0]],
-                stop_request=stop_request,
-            )
-        ]
+        own, federation = config.model_copy(update={"seed": team[0]}), federations[team[0]]
+        with loop.open_folder(own, places[0], resume=True) as begin:
+            folder, notices = begin(federation)
+            results = [
+                loop.run_rounds(
+                    programs.method,
+                    federation,
+                    own,
+                    folder=folder,
+                    observers=observers,
+                    stop_request=stop_request,
+                    notices=notices,
+                    programs=programs,
+                )
+            ]
     else:
         name, listed = config.method.name, ", ".join(map(str, team))
         tell(observers, Notice(f"{name}: seeds {listed} run together; seed {team[0]} is shown"))
@@ -161,7 +187,9 @@ def _run(
             resume=True,
             observers=[observers, *((PassOn(f"seed {seed}", observers),) for seed in team[1:])],
             federations=[federations[seed] for seed in team],
+            method=programs.method,
             stop_request=stop_request,
+            programs=programs,
         )
     if any(result.reason == "interrupted" for result in results):
         seeds = " and ".join(map(str, team))

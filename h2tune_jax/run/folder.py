@@ -2,7 +2,7 @@
 
 RUN/
   config.toml      the resolved config
-  run.json         format, seed, versions, commit, device, groups
+  run.json         format, seed, versions, commit, device, groups, digests of the training data
   lock             held by the process that writes
   metrics.jsonl    what was computed; repeatable bit for bit
   timings.jsonl    clock readings
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from h2tune_jax.run.disk import (
     RunError,
@@ -39,9 +40,14 @@ from h2tune_jax.run.disk import (
     write_whole,
     writing,
 )
+from h2tune_jax.run.flat import array_digest, flatten, json_digest
+from h2tune_jax.types import ClientData
 
 FORMAT = 1
 """Of run.json and of the checkpoints; a reader refuses what is newer."""
+
+DATA_BYTES = 64 * 2**20
+"""So much of a group's training data is read to tell whether it is what it was: a fraction of a second."""
 
 
 class RunFolder(NamedTuple):
@@ -213,9 +219,46 @@ def begin_folder(
     ]
     if facts.get("device") != now["device"]:
         moved.append(f"device {facts.get('device')} -> {now['device']}")
+    if facts.get("commit") not in (None, now["commit"]):
+        moved.append(f"commit {facts['commit']} -> {now['commit']}")
     if not moved:
         return []
     return [f"goes on elsewhere than it began, and may differ in the last bits: {'; '.join(moved)}"]
+
+
+def note_data(folder: RunFolder, data: Mapping[str, ClientData]) -> None:
+    """Note in run.json by group what a run trains on, its lock held; refuse what is not what was noted.
+
+    A config names files, and a file may be another by now.
+    """
+    facts = read_facts(folder)
+    found = {name: data_digest(one) for name, one in data.items()}
+    noted = facts.get("data")
+    if noted is None:  # the run begins now, or was begun by a version that did not note it
+        with writing("the run", folder.path):
+            write_whole(folder.facts, json.dumps({**facts, "data": found}, indent=1) + "\n")
+        return
+    other = [name for name, digest in found.items() if noted.get(name) != digest]
+    if other:
+        raise RunError(
+            f"{folder.path} was begun on other training data than now (group {', '.join(other)}). Give it "
+            "the data that it was begun on, or choose another folder"
+        )
+
+
+def data_digest(data: ClientData) -> str:
+    """Return the SHA-256 of the examples (numpy leaves [C, n, ...]) that clients hold, and of how many.
+
+    Where they are more than `DATA_BYTES`, every second example is read, or every third, and so on.
+    """
+    counts = np.asarray(data.num_examples)
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(data.examples).items()}
+    step = max(-(-sum(leaf.nbytes for leaf in leaves.values()) // DATA_BYTES), 1)
+    digests = {"counts": array_digest(counts)}
+    for path, leaf in leaves.items():
+        clients, places = np.nonzero(np.arange(leaf.shape[1]) < counts[:, None])
+        digests[f"examples{path}"] = array_digest(leaf[clients[::step], places[::step]])
+    return json_digest(digests)
 
 
 def _read_config(folder: RunFolder) -> str | None:

@@ -76,6 +76,10 @@ class PruneConfig(Settings):
         return self
 
 
+ROTARY = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+"""Families that tell positions by turning pairs of a head's numbers."""
+
+
 class ShapeConfig(Settings):
     """The sizes of a model with random weights; its vocabulary is the tokenizer's."""
 
@@ -94,10 +98,25 @@ class ShapeConfig(Settings):
     def _fits(self) -> "ShapeConfig":
         if self.width % self.heads:
             raise refuse("heads", f"width {self.width} is no multiple of heads {self.heads}")
+        if self.heads % (self.kv_heads or 1):
+            raise refuse(
+                "kv_heads", f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}"
+            )
+        if self.family in ROTARY and self.width // self.heads % 2:
+            raise refuse(
+                "heads",
+                f"width {self.width} gives {self.heads} heads an odd width each, and family "
+                f"{self.family!r} turns pairs",
+            )
         images = [getattr(self, n) is not None for n in ("image_size", "patch_size", "channels")]
         if any(images) != (self.family == "vit") or any(images) != all(images):
             raise refuse(
                 "family", "family 'vit' and it alone needs image_size, patch_size, channels"
+            )
+        if self.image_size is not None and self.image_size % (self.patch_size or 1):
+            raise refuse(
+                "patch_size",
+                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}",
             )
         return self
 

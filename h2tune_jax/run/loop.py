@@ -18,7 +18,7 @@ from h2tune_jax.run.catalog import build_method
 from h2tune_jax.run.config import config_digest, config_toml
 from h2tune_jax.run.disk import RunError
 from h2tune_jax.run.events import Notice, Observer
-from h2tune_jax.run.federation import Federation, build_federation
+from h2tune_jax.run.federation import Federation, build_federation, format_cut
 from h2tune_jax.run.folder import (
     RunFolder,
     begin_folder,
@@ -192,6 +192,10 @@ def make_rounds(
     going_on: str | None = None,
 ) -> Rounds:
     """Set a run up, its folder's lock held; `at_most` as in `resume_point`, `going_on` as in `Rounds`."""
+    cuts = [(group.name, format_cut(group.cut)) for group in federation.groups]
+    if any(cut for _, cut in cuts):
+        text = "; ".join(f"group {name!r}: {cut}" for name, cut in cuts if cut)
+        announce(folder, tuple(observers), Notice(text), once=True)
     found, digest = None, ""
     if folder is not None:
         digest = config_digest(config)

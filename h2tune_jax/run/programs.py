@@ -48,10 +48,15 @@ class Programs:
         self._made: dict[Any, Callable] = {}
         self._compiled: set[Any] = set()
 
-    def with_seed(self, seed: int, probe: Any) -> "Programs":
-        """Return the same compiled functions for another seed's run."""
+    def with_seed(self, seed: int, probe: Any, *, compiled: bool = True) -> "Programs":
+        """Return the same compiled functions for another seed's run.
+
+        With `compiled=False` rounds count as not compiled yet: its data has other shapes.
+        """
         other = copy.copy(self)
         other._settle(seed, probe)
+        if not compiled:
+            other._compiled = set()
         return other
 
     def _settle(self, seed: int, probe: Any) -> None:

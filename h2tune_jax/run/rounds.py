@@ -20,7 +20,7 @@ from h2tune_jax.run.checkpoint import Checkpoint
 from h2tune_jax.run.events import Finished, Notice, Observer, RoundDone, Started, tell
 from h2tune_jax.run.federation import Federation, client_weights
 from h2tune_jax.run.feed import Feed
-from h2tune_jax.run.folder import RunFolder
+from h2tune_jax.run.folder import RunFolder, note_data
 from h2tune_jax.run.moments import Tested, Tests, last_means, read_tests, run_tests, score
 from h2tune_jax.run.notices import announce
 from h2tune_jax.run.programs import Programs, copy_tree
@@ -29,7 +29,7 @@ from h2tune_jax.run.row_store import RowStore
 from h2tune_jax.run.sampling import Participants, check_schedule, in_training, participants
 from h2tune_jax.run.saving import Saver
 from h2tune_jax.run.settings import RunConfig
-from h2tune_jax.run.stopping import stops_early
+from h2tune_jax.run.stopping import Stall, follow, stops_early
 from h2tune_jax.run.store import DeviceStore, Frozen, Store
 from h2tune_jax.run.worker import Worker
 from h2tune_jax.types import ClientData, FederationError, RoundState
@@ -118,6 +118,8 @@ class Rounds:
         newcomers = config.evaluation.newcomers
         self._training = in_training(counts, newcomers.count if newcomers else 0, self._names)
         check_schedule(config.sampling, self._names, self._training)
+        if folder is not None:
+            note_data(folder, dict(zip(self._names, federation.train)))
         self._newcomers = None
         if newcomers is not None:
             self._newcomers = tuple(
@@ -142,6 +144,7 @@ class Rounds:
             self.store = RowStore(programs, worker, folder, in_files=in_files)
 
         self.records: list[dict[str, Any]] = []
+        self._stall = Stall()
         self._left_out: set[str] = set()  # groups of which it was said that results were left out
         self._logs: tuple[Log, Log] | None = None
         self._saver: Saver | None = None
@@ -179,13 +182,16 @@ class Rounds:
             self._logs = Log(self.folder.metrics, keep), Log(self.folder.timings, keep_timings)
             self._saver = Saver(
                 self.folder,
+                0 if found is None else found.step,
                 self.config.checkpoints,
                 self._digest,
                 self.worker,
                 self.store,
                 self._logs,
             )
-        self._left_out |= {name for record in self.records for name in _rejecting(record)}
+        for record in self.records:
+            self._stall = follow(self._stall, record, self.config)
+            self._left_out |= _rejecting(record).keys()
         return 0 if found is None else found.step
 
     # One round after the other
@@ -198,7 +204,7 @@ class Rounds:
         self._clock = time.perf_counter()
         reason, done = "complete", first
         round_number = self.programs.place(np.asarray(first, np.int32))
-        if stops_early(self.records, self.config):
+        if stops_early(self._stall, self.config):
             reason, total = "early stop", first
         if self._whence and first < total:
             self._say(self._whence)
@@ -234,7 +240,7 @@ class Rounds:
                 # Whether there is a next round is in these metrics.
                 self._flush(pending, save)
                 pending = save = None
-                if stops_early(self.records, self.config):
+                if stops_early(self._stall, self.config):
                     reason = "complete" if is_last else "early stop"
                     break
         if pending is not None:
@@ -290,6 +296,7 @@ class Rounds:
         seconds, self._clock = now - self._clock, now
         self.worker.check()
         self.records.append(record)
+        self._stall = follow(self._stall, record, self.config)
         timing: dict[str, Any] = {"round": pending.round_index, "seconds": seconds}
         if pending.metrics is not None:
             timing["clients_per_second"] = sum(map(len, pending.ids)) / seconds
@@ -321,8 +328,8 @@ class Rounds:
                 if not seen:  # nobody of this cohort took part
                     continue
                 for way in ("up", "down"):
-                    numbers = int(seen.pop(f"numbers_{way}").sum(dtype=np.int64))
-                    record[f"bytes_{way}"] += numbers * spec.dtype.itemsize
+                    record[f"bytes_{way}"] += int(seen.pop(f"bytes_{way}").sum(dtype=np.int64))
+                    del seen[f"numbers_{way}"]
                 del seen["finite"]
                 rejected = int(metrics.rejected[spec.name])
                 record["cohorts"][spec.name] = {

@@ -75,7 +75,7 @@ def resume_point(
         name = write_checkpoint.set_aside(folder, step)
         notices.append(Notice(f"{reason}; it was set aside as {name}", "warning"))
     if given_up:
-        write_checkpoint.prune(folder, set(held) - set(given_up))
+        write_checkpoint.give_up(folder, given_up)
         text = f"gives up the checkpoint of round {', '.join(map(str, given_up))}, to go on in step"
         notices.append(Notice(f"{text} with the other seeds"))
     return found, notices
@@ -86,6 +86,7 @@ class Saver:
 
     Args:
       folder: the run's.
+      start: rounds of the checkpoint that the run goes on from; 0 where it begins. Later ones do not count.
       config: when and what to keep.
       config_digest: noted in every checkpoint.
       worker: does the writing.
@@ -96,6 +97,7 @@ class Saver:
     def __init__(
         self,
         folder: RunFolder,
+        start: int,
         config: CheckpointConfig,
         config_digest: str,
         worker: Worker,
@@ -104,17 +106,18 @@ class Saver:
     ):
         self._folder, self._config, self._digest = folder, config, config_digest
         self._worker, self._store, self._logs = worker, store, logs
-        self.newest = 0  # rounds of the newest checkpoint that was asked for
+        self.newest = start  # rounds of the newest checkpoint that was asked for
         self._kept: dict[int, Kept] = {}
         self._saved: deque[Saved] = deque()
         self._queued: deque[Future] = deque()
         for step in checkpoint.steps(folder):
+            if step > start:
+                continue
             try:
                 manifest = checkpoint.read_manifest(folder, step)
             except checkpoint.Broken:
                 continue  # an older one; it is passed over when it is wanted
             self._kept[step] = Kept(manifest["meta"].get("metric"), frozenset(manifest["beside"]))
-            self.newest = max(self.newest, step)
         store.collect(self._needed())
 
     def _needed(self) -> set[str]:

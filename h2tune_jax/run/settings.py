@@ -261,6 +261,12 @@ class RunConfig(Settings):
                 "schedule.warmup",
                 f"{self.schedule.warmup} rounds of warm-up leave none of {self.rounds}",
             )
+        if self.stop is not None and not self.evaluation.every:
+            raise refuse(
+                "evaluation.every",
+                "0 tests at the end alone, where [stop] has nothing left to stop; give "
+                "evaluation.every, or leave [stop] out",
+            )
         new = self.evaluation.newcomers
         for group in self.groups:
             if new is not None and new.count >= group.count:

@@ -1,8 +1,9 @@
 """When a run is over: its last round, or an early stop."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from h2tune_jax.run import checkpoint
 from h2tune_jax.run.config import config_digest
@@ -13,26 +14,37 @@ from h2tune_jax.run.records import read_lines
 from h2tune_jax.run.settings import RunConfig, StopConfig
 
 
+class Stall(NamedTuple):
+    """What an early stop has to know of the tests so far, however many there were."""
+
+    best: float | None = None  # higher is better, whatever the mode
+    waited: int = 0  # tests since
+
+
 def has_stalled(scores: Sequence[float | None], stop: StopConfig) -> bool:
     """Say whether the last `patience` scores have not got better than the best before by `min_delta`."""
-    sign = 1 if stop.mode == "max" else -1
-    best, waited = None, 0
-    for value in scores:
-        gained = None if value is None else sign * value
-        if gained is not None and (best is None or gained > best + stop.min_delta):
-            best, waited = gained, 0
-        else:
-            waited += 1
-    return waited >= stop.patience
+    stall = functools.reduce(lambda stall, value: _after_test(stall, value, stop), scores, Stall())
+    return stall.waited >= stop.patience
 
 
-def stops_early(records: Sequence[dict[str, Any]], config: RunConfig) -> bool:
-    """Say whether the early stop of a config, if it has one, comes after these records."""
-    if config.stop is None:
-        return False
-    moment = config.evaluation.moments[0]
-    scores = [score(r, config.stop.metric, moment) for r in records if "evaluation" in r]
-    return has_stalled(scores, config.stop)
+def _after_test(stall: Stall, value: float | None, stop: StopConfig) -> Stall:
+    gained = None if value is None else value if stop.mode == "max" else -value
+    if gained is not None and (stall.best is None or gained > stall.best + stop.min_delta):
+        return Stall(gained)
+    return stall._replace(waited=stall.waited + 1)
+
+
+def follow(stall: Stall, record: dict[str, Any], config: RunConfig) -> Stall:
+    """Take a further record into account."""
+    if config.stop is None or "evaluation" not in record:
+        return stall
+    value = score(record, config.stop.metric, config.evaluation.moments[0])
+    return _after_test(stall, value, config.stop)
+
+
+def stops_early(stall: Stall, config: RunConfig) -> bool:
+    """Say whether the early stop of a config, if it has one, has come."""
+    return config.stop is not None and stall.waited >= config.stop.patience
 
 
 def is_finished(folder: str | Path, config: RunConfig) -> bool:
@@ -52,4 +64,5 @@ def is_finished(folder: str | Path, config: RunConfig) -> bool:
     # What is killed behind the last round still has a checkpoint to write.
     if not records or checkpoint.steps(home)[-1:] != [done]:
         return False
-    return done == config.rounds or stops_early(records, config)
+    stall = functools.reduce(lambda stall, record: follow(stall, record, config), records, Stall())
+    return done == config.rounds or stops_early(stall, config)

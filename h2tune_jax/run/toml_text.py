@@ -46,14 +46,6 @@ def locate_keys(text: str) -> dict[Path, int]:
     return lines
 
 
-def find_line(lines: Mapping[Path, int], path: Path) -> int | None:
-    """Return the line of a key, or of the nearest thing round it that has one."""
-    for length in range(len(path), 0, -1):
-        if path[:length] in lines:
-            return lines[path[:length]]
-    return None
-
-
 def _skip(pattern: re.Pattern, text: str, at: int) -> int:
     found = pattern.match(text, at)
     return at if found is None else found.end()

@@ -81,12 +81,16 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Delete a folder so that a kill leaves no half of it under its name."""
+    """Delete a folder so that a kill leaves no half of it under its name, and what `give_up` left of it."""
+    aside = _old_name(path)
+    shutil.rmtree(aside, ignore_errors=True)
     if path.exists():
-        aside = path.with_name(f".writing-old-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _old_name(path: Path) -> Path:
+    return path.with_name(f".writing-old-{path.name}")
 
 
 def prune(folder: RunFolder, keep: Iterable[int]) -> set[int]:
@@ -101,6 +105,24 @@ def prune(folder: RunFolder, keep: Iterable[int]) -> set[int]:
                     else:
                         read.add(step)
     return read
+
+
+def give_up(folder: RunFolder, given_up: Iterable[int]) -> None:
+    """Take checkpoints away that the run will write again, from under whoever reads them.
+
+    They vouch for lines of the log that are cut off next. What somebody reads loses its name alone, which
+    tells him that it went; it is deleted when its round is saved again, or the run is resumed.
+    """
+    with writing("what is left of old checkpoints", folder.checkpoints):
+        for step in given_up:
+            home = checkpoint_path(folder, step)
+            with holding(home, alone=True) as is_free:
+                if is_free:
+                    _remove(home)
+                else:
+                    shutil.rmtree(_old_name(home), ignore_errors=True)
+                    home.rename(_old_name(home))
+        sync_path(folder.checkpoints)
 
 
 def tidy(folder: RunFolder) -> list[int]:

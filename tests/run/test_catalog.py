@@ -1,5 +1,8 @@
 """Names in a config become methods, optimisers and schedules, or an error that says what there is."""
 
+import inspect
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +97,19 @@ def test_schedules_by_name():
         ("local", {"optimizer": {"name": "adam", "b2": "x"}}, "optimizer", "must be a number"),
         ("local", {"optimizer": {"name": "sgd", "nesterov": 1}}, "optimizer", "true or false"),
         ("local", {"optimizer": {}}, "optimizer", "None is unknown; allowed: adam"),
+        (
+            "local", {"optimizer": {"name": "adam", "b2": 2.0}}, "optimizer",
+            "b2 must be at least 0 and below 1, not 2.0",
+        ),
+        (
+            "fedit", {"server_optimizer": {"name": "adam", "b1": 1.5}}, "server_optimizer",
+            "b1 must be at least 0 and below 1, not 1.5",
+        ),
+        (
+            "fedit", {"server_optimizer": {"name": "sgd", "learning_rate": 0}}, "server_optimizer",
+            "learning_rate must be above 0, not 0",
+        ),
+        ("local", {"schedule": {"name": "cosine", "warmup": 5}}, "schedule", "from 0 to 1, not 5"),
         ("local", {"schedule": "linear"}, "schedule", "'linear' is unknown; allowed: cosine"),
         ("h2tune", {"warmup_rounds": 1.5}, "warmup_rounds", "must be a whole number, not 1.5"),
         ("h2tune", {"train_factors": 1}, "train_factors", "must be true or false, not 1"),
@@ -109,6 +125,21 @@ def test_refused(name, options, option, words):
         build(name, **options)
     assert error.value.option == option
     assert isinstance(error.value, h2.FederationError)
+
+
+@pytest.mark.parametrize(
+    "table", [catalog.OPTIMIZERS, catalog.SERVER_OPTIMIZERS, catalog.SCHEDULES]
+)
+def test_every_number_of_an_optimizer_has_a_range(table):
+    """Also one that a newer optax adds."""
+    for name, build in table.items():
+        for option in inspect.signature(build).parameters.values():
+            if isinstance(option.default, bool) or not isinstance(option.default, int | float):
+                continue
+            catalog._make("option", {"name": name, option.name: option.default}, table)
+            for wrong in (-0.1, math.nan, math.inf):
+                with pytest.raises(catalog.OptionError, match=f"{option.name} must be .*, not "):
+                    catalog._make("option", {"name": name, option.name: wrong}, table)
 
 
 def test_another_method_keeps_the_options_that_it_has():

@@ -84,6 +84,19 @@ def test_the_newest_counts_and_a_step_can_be_named(folder):
         checkpoint.read_arrays(folder, 5)
 
 
+def test_a_round_has_one_name_and_other_spellings_are_no_checkpoints(folder):
+    """A step with two names was looked for under the one that was not there."""
+    for step in (1, 2, 1_234_567):
+        write_checkpoint.save(folder, step, arrays(step), {})
+    shutil.copytree(folder.checkpoints / "000001", folder.checkpoints / "0000001")
+    (folder.checkpoints / "000002").rename(folder.checkpoints / "0000002")
+    assert checkpoint.steps(folder) == [1, 1_234_567]
+    assert write_checkpoint.prune(folder, [1]) == set()
+    assert_same(checkpoint.read_arrays(folder)[0], arrays(1))
+    assert write_checkpoint.prune(folder, []) == set()
+    assert sorted(os.listdir(folder.checkpoints)) == ["0000001", "0000002"]
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_damage_to_any_file_is_noticed_and_the_one_before_is_read(folder, how):
     write_checkpoint.save(folder, 1, arrays(1), {})

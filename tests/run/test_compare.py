@@ -1,7 +1,9 @@
 import csv
 import io
+import logging
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -22,7 +24,9 @@ from h2tune_jax.run.describe import describe
 from h2tune_jax.run.events import Finished, Notice, RoundDone, Started
 from h2tune_jax.run.federation import build_federation
 from h2tune_jax.run.folder import RunError, RunFolder
+from h2tune_jax.run.loop import simulate
 from h2tune_jax.run.notices import read_notices
+from h2tune_jax.run.records import read_lines
 from h2tune_jax.run.report.view import final_score, read_view
 from h2tune_jax.run.stopping import is_finished
 from h2tune_jax.types import FederationError
@@ -168,6 +172,37 @@ def test_seeds_together_and_gone_on_with_together(data, tmp_path):
         assert begun_together(tmp_path / "local" / str(seed), seed) == (3, 4)
         assert is_finished(tmp_path / "local" / str(seed), run_config(config, "local", seed))
     assert begun_together(tmp_path / "nowhere", 4) == ()
+
+
+def test_seeds_that_run_alone_are_compiled_once_and_are_what_they_were(data, tmp_path, caplog):
+    config, compiled = small(data, store={"kind": "host"}), []
+
+    def watch(event):
+        if isinstance(event, Finished):
+            compiled.append([line.args[0] for line in caplog.records if "Compiling" in line.msg])
+            caplog.clear()
+
+    with jax.log_compiles(), caplog.at_level(logging.DEBUG, logger="jax"):
+        compare(config, ["local"], 3, tmp_path, [watch])
+    assert {"jit(start)", "jit(round_fn)", "jit(evaluate)"} <= set(compiled[0])
+    assert compiled[1:] == [[], []]
+    timings = [read_lines(tmp_path / "local" / seed / "timings.jsonl") for seed in "345"]
+    assert ["compile_seconds" in lines[0] for lines in timings] == [True, False, False]
+    alone = simulate(run_config(config, "local", 5))
+    assert read_lines(tmp_path / "local" / "5" / "metrics.jsonl") == alone.records
+
+
+def test_a_seed_with_other_shapes_says_that_its_rounds_were_compiled(data, tmp_path):
+    config = small(data)
+    groups = [group.model_dump() for group in config.groups]
+    groups[0]["task"]["partition"] = {"kind": "dirichlet", "alpha": 0.3}
+    config = small(data, groups=groups)
+    compare(config, ["local"], [3, 5], tmp_path, together=False)
+    rooms = [build_federation(config.model_copy(update={"seed": seed})).train for seed in (3, 5)]
+    assert len({tuple(map(np.shape, jax.tree.leaves(room))) for room in rooms}) == 2
+    for seed in "35":
+        lines = read_lines(tmp_path / "local" / seed / "timings.jsonl")
+        assert ["compile_seconds" in line for line in lines] == [True, False]
 
 
 def test_seeds_of_a_set_without_folders_belong_to_it():

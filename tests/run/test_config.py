@@ -1,5 +1,6 @@
 """Settings: what is read, what is refused and with which words, what is written back."""
 
+import contextlib
 import re
 import tomllib
 from pathlib import Path
@@ -9,7 +10,9 @@ import tiny_run
 from hypothesis import given
 from hypothesis import strategies as st
 
+from h2tune_jax.models.families import FAMILIES, config_from_hf
 from h2tune_jax.run import settings, toml_text
+from h2tune_jax.run.byte_tokenizer import ByteTokenizer
 from h2tune_jax.run.config import (
     ConfigError,
     RunConfig,
@@ -19,6 +22,7 @@ from h2tune_jax.run.config import (
     make_config,
     parse_config,
 )
+from h2tune_jax.run.load_models import _hf_fields
 from h2tune_jax.run.presets import read_preset
 from h2tune_jax.types import FederationError
 
@@ -96,6 +100,18 @@ REFUSED = [
     ),
     ('pooling = "mean"', 'dtype = "float16"', "groups.0.model.dtype", "did you mean 'bfloat16'?"),
     ("heads = 2", "heads = 3", "groups.0.model.shape.heads", "no multiple of heads 3", "shape ="),
+    (
+        "heads = 2", "heads = 4, kv_heads = 3", "groups.0.model.shape.kv_heads",
+        "heads 4 is no multiple of kv_heads 3", "shape =",
+    ),
+    (
+        '"bert", width = 8, layers = 2, heads = 2', '"gemma2", width = 9, layers = 2, heads = 3',
+        "groups.0.model.shape.heads", "width 9 gives 3 heads an odd width each", "shape =",
+    ),
+    (
+        '"bert", width', '"vit", image_size = 28, patch_size = 5, channels = 1, width',
+        "groups.0.model.shape.patch_size", "image_size 28 is no multiple of patch_size 5", "shape =",
+    ),
     ("train = 12", "trian = 12", "groups.0.task.trian", "did you mean 'train'?"),
     ("train = 12", "kind = 'classify'", "groups.0.task.kind", "did you mean 'classification'?"),
     (
@@ -129,6 +145,10 @@ REFUSED = [
         "schedule =",
     ),
     ("[log]", "[schedule]\nwarmup = 3\n[log]", "schedule.warmup", "leave none of 3", "warmup ="),
+    (
+        "batch_size = 8\n", "every = 0\n[stop]\npatience = 1\n", "evaluation.every",
+        "0 tests at the end alone, where [stop] has nothing left to stop", "every =",
+    ),
     ("[log]", "[stop]\nmetric = 'acuracy'\n[log]", "stop.metric", "'accuracy'?", "metric ="),
     ("[log]", "[engine]\nclient_axis = 'sca'\n[log]", "engine.client_axis", "scan", "client_axis ="),
     ("[log]", "[engine]\nclient_axis = 0\n[log]", "engine.client_axis", "chunk", "client_axis ="),
@@ -164,6 +184,15 @@ def test_refused_with_line_key_and_what_is_allowed(case):
     assert words in entries[0]
     if start != [None]:
         assert entries[0].startswith(f"{place}: {key}: ")
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"vit"}))
+def test_heads_of_odd_width_are_refused_where_positions_turn_pairs(family):
+    sizes = {"family": family, "layers": 1, "heads": 2, "mlp_width": 8}
+    model = config_from_hf(_hf_fields(settings.ShapeConfig(width=8, **sizes), ByteTokenizer()))
+    refused = pytest.raises(ValueError, match="an odd width each")
+    with contextlib.nullcontext() if model.rope_theta is None else refused:
+        settings.ShapeConfig(width=6, **sizes)
 
 
 def test_every_problem_is_reported():

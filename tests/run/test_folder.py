@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from h2tune_jax.run import folder as folders
@@ -19,10 +20,13 @@ from h2tune_jax.run.folder import (
     RunError,
     RunFolder,
     begin_folder,
+    data_digest,
     is_live,
     lock_folder,
+    note_data,
     read_facts,
 )
+from h2tune_jax.types import ClientData
 
 CONFIG = 'seed = 1\n[method]\nname = "local"\n'
 
@@ -103,6 +107,61 @@ def test_going_on_with_other_versions_is_said(run, monkeypatch):
     (said,) = begin(run, resume=True)
     assert "may differ in the last bits" in said
     assert "-> 99; device" in said
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ("abc", "def", ["commit abc -> def"]),
+        ("abc", "abc+", ["commit abc -> abc+"]),
+        ("abc", "abc", []),
+        (None, "abc", []),  # of a copy that was installed nobody knows the commit
+    ],
+)
+def test_going_on_with_another_commit_is_said(run, monkeypatch, before, now, said):
+    current = folders.circumstances()
+    for resume, commit in ((False, before), (True, now)):
+        monkeypatch.setattr(
+            folders, "circumstances", lambda commit=commit: {**current, "commit": commit}
+        )
+        told = begin(run, resume=resume)
+    assert [text.partition("last bits: ")[2] for text in told] == said
+
+
+def group(held, room=None):
+    """Three clients that hold so many examples of twelve bytes each."""
+    room = held if room is None else room
+    x = np.arange(room * 6, dtype=np.float32).reshape(3, room, 2)
+    y = np.arange(room * 3, dtype=np.int32).reshape(3, room)
+    return ClientData({"x": x, "y": y}, np.full(3, held, np.int32))
+
+
+def test_data_that_has_changed_is_refused_and_the_group_is_named(run):
+    begin(run)
+    before = read_facts(run)
+    note_data(run, {"narrow": group(5), "wide": group(3, room=4)})
+    facts = read_facts(run)
+    assert {**before, "data": facts["data"]} == facts
+    assert facts["data"].keys() == {"narrow", "wide"}
+    same, flipped, moved = group(3, room=4), group(3, room=4), group(3, room=4)
+    same.examples["y"][2, 3] += 1  # what nobody holds is nobody's data
+    note_data(run, {"narrow": group(5), "wide": same})
+    flipped.examples["y"][2, 2] += 1
+    moved.examples["x"][:] = moved.examples["x"][::-1]
+    for other in (flipped, moved, group(2, room=4), group(4)):
+        with pytest.raises(RunError, match=r"training data than now \(group wide\)\. Give it"):
+            note_data(run, {"narrow": group(5), "wide": other})
+    assert read_facts(run) == facts
+
+
+def test_of_large_data_a_sample_of_examples_is_read(monkeypatch):
+    monkeypatch.setattr(folders, "DATA_BYTES", 3 * 8 * 12 // 4)
+    whole, seen, unseen = group(8), group(8), group(8)
+    seen.examples["y"][2, 4] += 1  # of the 24 examples, one after the other, every fourth
+    unseen.examples["y"][2, 5] += 1
+    assert data_digest(whole) == data_digest(unseen) != data_digest(seen)
+    monkeypatch.undo()
+    assert len({data_digest(data) for data in (whole, seen, unseen)}) == 3
 
 
 def test_a_kill_before_the_facts_are_written_does_no_harm(run):

@@ -1,6 +1,8 @@
 """How a run stops (on request, early, for what went wrong), and that it goes on as if nothing had been."""
 
+import contextlib
 import errno
+import os
 import subprocess
 
 import pytest
@@ -9,13 +11,15 @@ import toy_run
 from run_folders import fill, small_disk
 from toy_run import run_with as run
 
-from h2tune_jax.run import checkpoint, write_checkpoint
+from h2tune_jax.run import checkpoint, stopping, write_checkpoint
+from h2tune_jax.run.disk import holding
 from h2tune_jax.run.events import Finished, Notice, Started
-from h2tune_jax.run.folder import RunError, RunFolder
-from h2tune_jax.run.loop import has_stalled
+from h2tune_jax.run.folder import RunError, RunFolder, lock_folder
+from h2tune_jax.run.loop import drive, has_stalled, make_rounds, run_one
 from h2tune_jax.run.notices import read_notices
 from h2tune_jax.run.records import read_lines
 from h2tune_jax.run.settings import StopConfig
+from h2tune_jax.run.worker import Worker
 
 programs = pytest.fixture(toy_run.programs, scope="module")
 
@@ -29,6 +33,23 @@ def test_a_run_stops_early_and_stays_stopped(programs, tmp_path):
     again = run(programs, tmp_path / "run", config)
     assert (again.reason, len(again.records)) == ("early stop", 3)
     toy.assert_trees_equal(again.state, result.state)
+
+
+def test_a_test_is_scored_once_however_many_come_after_it(programs, tmp_path, monkeypatch):
+    """All of them were scored again at every test."""
+    scored, real = [], stopping.score
+
+    def watch(record, *args):
+        scored.append(record["round"])
+        return real(record, *args)
+
+    monkeypatch.setattr(stopping, "score", watch)
+    stop, asked = {"patience": 9}, iter([False] * 3 + [True])
+    config = toy_run.config(5, stop=stop, evaluation={"batch_size": 4, "before": True})
+    run(programs, tmp_path / "run", config, stop_request=lambda: next(asked))
+    assert scored == [-1, 0, 1, 2]
+    run(programs, tmp_path / "run", config)
+    assert scored == [-1, 0, 1, 2, -1, 0, 1, 2, 3, 4]
 
 
 def test_stalling_counts_tests_without_enough_gain():
@@ -93,6 +114,35 @@ def test_damage_is_told_and_the_round_before_is_gone_on_from(programs, tmp_path)
     assert [ok for _, ok, _ in checkpoint.verify(tmp_path / "run")] == [True] * 3
 
 
+def give_up(programs, out, config, at_most, rounds):
+    """Go on from `at_most` as a set of seeds would, and be interrupted after so many rounds."""
+    asked, folder = iter([False] * rounds + [True]), RunFolder(out)
+    with lock_folder(folder), contextlib.closing(Worker()) as worker:
+        stops = lambda index: next(asked)
+        made = make_rounds(
+            toy_run.federation(), config, programs, worker, folder, (), stops, at_most
+        )
+        with contextlib.closing(made):
+            (result,) = drive([made.steps()], lambda calls: {0: run_one(programs, calls[0])})
+            worker.close()
+    return result
+
+
+def test_a_checkpoint_that_is_given_up_counts_no_more_though_somebody_reads_it(programs, tmp_path):
+    """It was taken for the newest: an interrupt saved nothing, and it vouched for lines that were gone."""
+    config, out = toy_run.config(checkpoints={"every": 2}), tmp_path / "run"
+    asked = iter([False] * 2 + [True])
+    run(programs, out, config, stop_request=lambda: next(asked))
+    with holding(out / "checkpoints" / "000002", alone=False) as is_free:
+        assert is_free
+        result = give_up(programs, out, config, at_most=0, rounds=1)
+        assert (result.reason, len(result.records)) == ("interrupted", 1)
+        assert checkpoint.verify(out) == [(1, True, "")]
+        whole = run(programs, out, config)
+    assert whole.records == run(programs, None, config).records
+    assert sorted(os.listdir(out / "checkpoints")) == ["000001", "000002", "000004"]
+
+
 def tree_of(folder):
     """Every file of a run and what it holds, but for the lock and the notices."""
     return {
@@ -100,6 +150,18 @@ def tree_of(folder):
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in ("lock", "notices.jsonl")
     }
+
+
+def test_a_run_does_not_go_on_with_other_data(programs, tmp_path):
+    """As if nothing had happened: its config named the same file."""
+    out, asked = tmp_path / "run", iter([False] * 2 + [True])
+    run(programs, out, stop_request=lambda: next(asked))
+    before, changed = tree_of(out), toy_run.federation()
+    changed.train[1].examples["x"][2, 0] += 1
+    with pytest.raises(RunError, match=r"other training data than now \(group wide\)"):
+        run(programs, out, federation=changed)
+    assert tree_of(out) == before
+    assert run(programs, out).records == run(programs, None).records
 
 
 @pytest.mark.parametrize("kind", ["device", "file"])
