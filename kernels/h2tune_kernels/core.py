@@ -18,8 +18,8 @@ import numpy as np
 
 from h2tune_kernels import launch
 from h2tune_kernels.blocks import Blocks
-from h2tune_kernels.dispatch import Kernels, Path, client_op, clients_of, resolve
-from h2tune_kernels.launch import Launch, Launcher
+from h2tune_kernels.dispatch import Kernels, Path, client_op, client_stride, clients_of, resolve
+from h2tune_kernels.launch import Launch, Launcher, grid_of
 
 __all__ = [
     "gather_launch",
@@ -64,10 +64,6 @@ def _put_xla(core: jax.Array, index: jax.Array, size: int) -> jax.Array:
     )
 
 
-def _stride(array: jax.Array) -> int:
-    return 0 if array.shape[0] == 1 else array.shape[1]
-
-
 def gather_launch(launcher: Launcher, middle: jax.Array, index: jax.Array) -> jax.Array:
     """middle [C, size*size], index [C, r*r] -> [C, r*r]."""
     from h2tune_kernels import triton_core
@@ -76,12 +72,12 @@ def gather_launch(launcher: Launcher, middle: jax.Array, index: jax.Array) -> ja
     (core,) = launcher(
         Launch(
             kernel=triton_core.gather_kernel,
-            grid=(-(-count // _BLOCK), clients),
+            grid=grid_of(clients, -(-count // _BLOCK)),
             out_shapes=(jax.ShapeDtypeStruct((clients, count), middle.dtype),),
             constants={
                 "COUNT": count,
-                "M_C": _stride(middle),
-                "I_C": _stride(index),
+                "M_C": client_stride(middle),
+                "I_C": client_stride(index),
                 "BLOCK": _BLOCK,
             },
             blocks=_BLOCKS,
@@ -100,14 +96,14 @@ def scatter_launch(launcher: Launcher, core: jax.Array, index: jax.Array, size: 
     (middle,) = launcher(
         Launch(
             kernel=triton_core.scatter_kernel,
-            grid=(-(-size * size // _BLOCK), clients),
+            grid=grid_of(clients, -(-size * size // _BLOCK)),
             out_shapes=(jax.ShapeDtypeStruct((clients, size * size), core.dtype),),
             constants={
                 "COUNT": count,
                 "SIZE": size * size,
                 "STEPS": count.bit_length(),
-                "G_C": _stride(core),
-                "I_C": _stride(index),
+                "G_C": client_stride(core),
+                "I_C": client_stride(index),
                 "BLOCK": _BLOCK,
             },
             blocks=_BLOCKS,

@@ -1,6 +1,7 @@
 """Which path an op takes, and how it meets a client axis."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from jax.interpreters import mlir
 
 from h2tune_kernels import launch
 
-__all__ = ["Kernels", "Path", "client_op", "clients_of", "resolve"]
+__all__ = ["Kernels", "Path", "client_op", "client_stride", "clients_of", "resolve"]
 
 Kernels = Literal["auto", "triton", "xla"]
 # What `kernels` comes to in this process: plain XLA; Triton on CUDA and XLA elsewhere; Triton or an
@@ -66,6 +67,11 @@ def _refuse(fn: Callable[..., Any], *args: Any) -> Any:
 def clients_of(*args: Any) -> int:
     """The number of clients of operands whose leading axis is that number, or 1 where shared."""
     return max(leaf.shape[0] for leaf in jax.tree.leaves(args))
+
+
+def client_stride(array: jax.Array) -> int:
+    """Elements from one client to the next; 0 for a shared operand."""
+    return 0 if array.shape[0] == 1 else math.prod(array.shape[1:])
 
 
 def _merge(leaf: jax.Array, batched: bool, size: int, clients: int) -> jax.Array:

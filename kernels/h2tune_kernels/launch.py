@@ -7,6 +7,7 @@ is imported before the first launch is traced.
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,11 +16,22 @@ import jax
 
 from h2tune_kernels.blocks import Blocks
 
-__all__ = ["Launch", "Launcher", "available", "cuda_launcher", "interpreted", "target"]
+__all__ = [
+    "Launch",
+    "Launcher",
+    "available",
+    "cuda_launcher",
+    "grid_of",
+    "interpreted",
+    "target",
+]
 
 # Kernel binaries for compute capability 9.0 use instructions of that generation alone; PTX for 8.0
 # runs on everything newer. So 8.0 is the target where no device is at hand to ask.
 DEFAULT_TARGET = ("sm_80", 80)
+
+# What CUDA takes on the first axis of a grid. On the other two it takes 65,535.
+MAX_PROGRAMS = (1 << 31) - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +49,24 @@ class Launch:
 
 # (launch, operands) -> outputs
 Launcher = Callable[..., tuple[jax.Array, ...]]
+
+
+def grid_of(clients: int, *tiles: int) -> tuple[int]:
+    """The grid of `clients` times their tiles, all on the first axis.
+
+    Clients are the product of all vmapped axes, and the row blocks of one client have no bound
+    either: both can pass the 65,535 of the other axes. 2^31 - 1 programs of at least 16 rows are 34
+    billion rows. The client runs slowest and the last of `tiles` fastest, so that programs of one
+    client are neighbours and find its factors in the cache. `this_client` and `this_tile` take the
+    two apart again; `fused_kernel` has an order of its own.
+    """
+    programs = clients * math.prod(tiles)
+    if programs > MAX_PROGRAMS:
+        raise ValueError(
+            f"{clients} clients with {' x '.join(map(str, tiles))} tiles each are {programs} "
+            f"programs, and one launch takes {MAX_PROGRAMS}: give it fewer clients or rows"
+        )
+    return (programs,)
 
 
 def interpreted() -> bool:

@@ -295,6 +295,9 @@ def _run(
 ) -> jax.Array:
     w = jax.lax.stop_gradient(w)
     scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
+    if ranks is not None:
+        # The kernels mask by rank alone: one beyond r would read into the next row of A.
+        ranks = jnp.clip(jnp.asarray(ranks, jnp.int32), 0, a.shape[-1])
     if dropout_rate > 0.0:
         if kernels == "triton":
             raise ValueError(
@@ -320,7 +323,7 @@ def _run(
         b=_one(b),
         bias=None if bias is None else _one(bias),
         scale=scale.reshape(1),
-        ranks=None if ranks is None else jnp.asarray(ranks, jnp.int32).reshape(1),
+        ranks=None if ranks is None else ranks.reshape(1),
     )
     y = _product(_Setting(resolve(kernels), residual, plan))(o)
     return y.reshape(*lead, w.shape[1])
@@ -352,7 +355,7 @@ def triple_matmul(
     Write for one client and batch with `jax.vmap`: with `w` unmapped, any number of clients is one
     launch of each kernel, and W is read once. `ranks`, mapped over clients, is each client's own
     rank: columns at or beyond it are ignored whatever they hold, get zero gradients, and (in the
-    kernels) cost next to nothing.
+    kernels) cost next to nothing. A rank above r means r, and one below zero means zero.
 
     `kernels`: "auto" is Triton on CUDA and XLA elsewhere, decided when the program is lowered;
     "triton" is an error anywhere but on CUDA; "xla" is plain XLA. Dropout on the adapter's input is

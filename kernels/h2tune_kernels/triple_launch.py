@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from h2tune_kernels.blocks import Problem, Table, blocks_for, plan_for, rank_width
 from h2tune_kernels.core import gather_launch
-from h2tune_kernels.dispatch import clients_of
-from h2tune_kernels.launch import Launch, Launcher
+from h2tune_kernels.dispatch import client_stride, clients_of
+from h2tune_kernels.launch import Launch, Launcher, grid_of
 
 __all__ = ["Gradients", "Operands", "backward", "forward"]
 
@@ -62,11 +62,6 @@ class _Call(NamedTuple):
     table: Table | None
 
 
-def _stride(array: jax.Array) -> int:
-    """Elements from one client to the next; 0 for a shared operand."""
-    return 0 if array.shape[0] == 1 else math.prod(array.shape[1:])
-
-
 def _problem(call: _Call, o: Operands, k: int, f: int) -> Problem:
     n, r, itemsize = o.x.shape[1], o.a.shape[-1], jnp.dtype(o.x.dtype).itemsize
     return Problem(call.device, call.clients, n, k, f, r, itemsize)
@@ -82,18 +77,18 @@ def _down(
     u, z = call.launcher(
         Launch(
             kernel=_kernels().down_kernel,
-            grid=(-(-n // blocks.rows), clients),
+            grid=grid_of(clients, -(-n // blocks.rows)),
             out_shapes=(out, out),
             constants={
                 "N": n,
                 "K": k,
                 "R": r,
-                "X_C": _stride(x),
-                "A_C": _stride(matrix),
-                "T_C": _stride(o.core),
-                "I_C": 0 if o.positions is None else _stride(o.positions),
-                "S_C": _stride(o.scale),
-                "R_C": 0 if o.ranks is None else _stride(o.ranks),
+                "X_C": client_stride(x),
+                "A_C": client_stride(matrix),
+                "T_C": client_stride(o.core),
+                "I_C": 0 if o.positions is None else client_stride(o.positions),
+                "S_C": client_stride(o.scale),
+                "R_C": 0 if o.ranks is None else client_stride(o.ranks),
                 "A_K": 1 if mirrored else r,
                 "A_R": k if mirrored else 1,
                 "TRANSPOSE": mirrored,
@@ -134,16 +129,16 @@ def _up(
     (y,) = call.launcher(
         Launch(
             kernel=_kernels().up_kernel,
-            grid=(-(-f // blocks.wide), -(-n // blocks.rows), clients),
+            grid=grid_of(clients, -(-n // blocks.rows), -(-f // blocks.wide)),
             out_shapes=(jax.ShapeDtypeStruct((clients, n, f), z.dtype),),
             constants={
                 "N": n,
                 "F": f,
                 "R": r,
-                "B_C": _stride(matrix),
-                "BIAS_C": 0 if bias is None else _stride(bias),
-                "S_C": _stride(o.scale),
-                "R_C": 0 if o.ranks is None else _stride(o.ranks),
+                "B_C": client_stride(matrix),
+                "BIAS_C": 0 if bias is None else client_stride(bias),
+                "S_C": client_stride(o.scale),
+                "R_C": 0 if o.ranks is None else client_stride(o.ranks),
                 "B_R": 1 if mirrored else f,
                 "B_F": r if mirrored else 1,
                 "BIAS": bias is not None,
@@ -182,7 +177,7 @@ def _fused(
     y, u, z = call.launcher(
         Launch(
             kernel=_kernels().fused_kernel,
-            grid=(-(-n // blocks.rows) * clients * -(-f // blocks.wide),),
+            grid=grid_of(clients, -(-n // blocks.rows), -(-f // blocks.wide)),
             out_shapes=(
                 jax.ShapeDtypeStruct((clients, n, f), x.dtype),
                 jax.ShapeDtypeStruct((clients, n, r), x.dtype),
@@ -194,14 +189,14 @@ def _fused(
                 "K": k,
                 "F": f,
                 "R": r,
-                "X_C": _stride(x),
-                "W_C": _stride(o.w),
-                "A_C": _stride(first),
-                "T_C": _stride(o.core),
-                "I_C": 0 if o.positions is None else _stride(o.positions),
-                "B_C": _stride(second),
-                "BIAS_C": 0 if bias is None else _stride(bias),
-                "S_C": _stride(o.scale),
+                "X_C": client_stride(x),
+                "W_C": client_stride(o.w),
+                "A_C": client_stride(first),
+                "T_C": client_stride(o.core),
+                "I_C": 0 if o.positions is None else client_stride(o.positions),
+                "B_C": client_stride(second),
+                "BIAS_C": 0 if bias is None else client_stride(bias),
+                "S_C": client_stride(o.scale),
                 "W_K": 1 if mirrored else f,
                 "W_F": k if mirrored else 1,
                 "A_K": 1 if mirrored else r,
@@ -263,17 +258,17 @@ def _outer(
     out = call.launcher(
         Launch(
             kernel=_outer_kernel(),
-            grid=(-(-d // blocks.wide), splits, clients),
+            grid=grid_of(clients, splits, -(-d // blocks.wide)),
             out_shapes=tuple(out_shapes),
             constants={
                 "CLIENTS": clients,
                 "N": n,
                 "D": d,
                 "R": r,
-                "P_C": _stride(wide),
-                "Q_C": _stride(skinny),
-                "S_C": _stride(o.scale),
-                "R_C": 0 if o.ranks is None else _stride(o.ranks),
+                "P_C": client_stride(wide),
+                "Q_C": client_stride(skinny),
+                "S_C": client_stride(o.scale),
+                "R_C": 0 if o.ranks is None else client_stride(o.ranks),
                 "O_D": 1 if transposed else r,
                 "O_R": d if transposed else 1,
                 "SCALED": scaled,

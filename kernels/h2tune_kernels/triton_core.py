@@ -6,6 +6,8 @@ Importing this file imports Triton.
 import triton
 import triton.language as tl
 
+from h2tune_kernels.triton_parts import this_client, this_tile
+
 __all__ = ["gather_kernel", "scatter_kernel"]
 
 
@@ -20,8 +22,9 @@ def gather_kernel(
     BLOCK: tl.constexpr,
 ):
     """core[j] = middle[index[j]]."""
-    c = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    TILES: tl.constexpr = (COUNT + BLOCK - 1) // BLOCK
+    c = this_client(TILES)
+    j = this_tile(TILES) * BLOCK + tl.arange(0, BLOCK)
     mask = j < COUNT
     position = tl.load(index_ptr + c * I_C + j, mask=mask, other=0)
     value = tl.load(middle_ptr + c * M_C + position, mask=mask, other=0.0)
@@ -46,8 +49,9 @@ def scatter_kernel(
     bisection, so every element is written once, by one thread, and the middle matrix needs neither
     zeroing beforehand nor atomics. Strictly rising positions make j unique.
     """
-    c = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    TILES: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    c = this_client(TILES)
+    p = this_tile(TILES) * BLOCK + tl.arange(0, BLOCK)
     index_ptr += c * I_C
     low = tl.zeros((BLOCK,), tl.int32)
     high = tl.full((BLOCK,), COUNT, tl.int32)

@@ -6,7 +6,7 @@ Importing this file imports Triton.
 import triton
 import triton.language as tl
 
-from h2tune_kernels.triton_parts import EXACT, below, operand
+from h2tune_kernels.triton_parts import EXACT, at_width, below, operand, this_client, this_tile
 
 __all__ = ["outer_kernel"]
 
@@ -31,8 +31,8 @@ def _outer(
     ROWS: tl.constexpr,
     BD: tl.constexpr,
     BT: tl.constexpr,
-    W: tl.constexpr,
     WIDE: tl.constexpr,
+    W: tl.constexpr,
 ):
     STORE: tl.constexpr = p_ptr.dtype.element_ty
     cols = d + tl.arange(0, BD)
@@ -110,9 +110,12 @@ def outer_kernel(
     p is wide (x, dy, or u), q has the client's rank (du, z, or g). Output is [splits, C, D, R] in
     the order that O_D and O_R give; ROWS rows belong to a split.
     """
-    d = tl.program_id(0) * BD
-    split = tl.program_id(1)
-    c = tl.program_id(2).to(tl.int64)
+    COL_BLOCKS: tl.constexpr = (D + BD - 1) // BD
+    SPLITS: tl.constexpr = (N + ROWS - 1) // ROWS
+    c = this_client(SPLITS * COL_BLOCKS)
+    tile = this_tile(SPLITS * COL_BLOCKS)
+    split = tile // COL_BLOCKS
+    d = tile % COL_BLOCKS * BD
     p_ptr += c * P_C
     q_ptr += c * Q_C
     slot = split.to(tl.int64) * CLIENTS + c
@@ -127,15 +130,9 @@ def outer_kernel(
     rank = R
     if RAGGED:
         rank = tl.load(ranks_ptr + c * R_C)
-    if RAGGED and WIDE > 16 and rank <= 16:
-        _outer(p_ptr, q_ptr, rank, scale, out_ptr, sum_ptr, d, t_start, t_stop, D, R,
-               O_D, O_R, SUM, UPCAST, ROWS, BD, BT, 16, WIDE)  # fmt: skip
-    elif RAGGED and WIDE > 32 and rank <= 32:
-        _outer(p_ptr, q_ptr, rank, scale, out_ptr, sum_ptr, d, t_start, t_stop, D, R,
-               O_D, O_R, SUM, UPCAST, ROWS, BD, BT, 32, WIDE)  # fmt: skip
-    elif RAGGED and WIDE > 64 and rank <= 64:
-        _outer(p_ptr, q_ptr, rank, scale, out_ptr, sum_ptr, d, t_start, t_stop, D, R,
-               O_D, O_R, SUM, UPCAST, ROWS, BD, BT, 64, WIDE)  # fmt: skip
-    else:
-        _outer(p_ptr, q_ptr, rank, scale, out_ptr, sum_ptr, d, t_start, t_stop, D, R,
-               O_D, O_R, SUM, UPCAST, ROWS, BD, BT, WIDE, WIDE)  # fmt: skip
+    at_width(
+        _outer,
+        (p_ptr, q_ptr, rank, scale, out_ptr, sum_ptr, d, t_start, t_stop, D, R, O_D, O_R, SUM,
+         UPCAST, ROWS, BD, BT, WIDE),
+        rank, RAGGED, WIDE,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the kernels of the triple product have in common: rounding, masks, the core, rank columns.
+"""What the kernels have in common: where a program stands, widths, rounding, masks, the core.
 
 Importing this file imports Triton.
 """
@@ -6,12 +6,50 @@ Importing this file imports Triton.
 import triton
 import triton.language as tl
 
-__all__ = ["EXACT", "below", "core_tile", "operand", "store_rank"]
+__all__ = [
+    "EXACT",
+    "at_width",
+    "below",
+    "core_tile",
+    "operand",
+    "store_rank",
+    "this_client",
+    "this_tile",
+]
 
 # float32 products as three products of the matrix unit: float32's accuracy at a third of tf32's
 # rate, where the exact products of the scalar units would need more registers than there are.
 # 16-bit operands do not look at it.
 EXACT = tl.constexpr("tf32x3")
+
+
+@triton.jit
+def this_client(TILES: tl.constexpr):
+    """The client of this program, in 64 bits as offsets need it. See `grid_of`."""
+    return (tl.program_id(0) // TILES).to(tl.int64)
+
+
+@triton.jit
+def this_tile(TILES: tl.constexpr):
+    """Which of its client's TILES tiles this program does. See `grid_of`."""
+    return tl.program_id(0) % TILES
+
+
+@triton.jit
+def at_width(BODY: tl.constexpr, args, rank, RAGGED: tl.constexpr, WIDE: tl.constexpr):
+    """Run BODY(*args, W) at the narrowest W of 16, 32, 64 and WIDE that holds `rank`.
+
+    Without RAGGED all ranks are one and W is WIDE. A tile's width is a constant, so each width is
+    a body of its own, and BODY stores its result: tiles of several widths have no common type.
+    """
+    if RAGGED and WIDE > 16 and rank <= 16:
+        BODY(*args, 16)
+    elif RAGGED and WIDE > 32 and rank <= 32:
+        BODY(*args, 32)
+    elif RAGGED and WIDE > 64 and rank <= 64:
+        BODY(*args, 64)
+    else:
+        BODY(*args, WIDE)
 
 
 @triton.jit

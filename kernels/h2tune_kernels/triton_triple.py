@@ -23,6 +23,8 @@ backward. So four kernels do both, told apart by strides:
 Rules that hold in all of them:
 
 - Every operand has a client axis; one that all clients share has client stride 0.
+- A grid has one axis. In `down`, `up` and `outer`, the tiles of a client are neighbours on it, columns
+  before rows, so that its factors stay in cache; the order of `fused` is its own.
 - Shapes and strides are compile-time constants, so that the compiler sees their divisibility.
 - Inputs are rounded to the dtype of x (`STORE`), products accumulate in float32, and u, z, g, du are
   rounded to the dtype of x before they enter the next product. UPCAST widens the rounded operands
@@ -37,7 +39,16 @@ Rules that hold in all of them:
 import triton
 import triton.language as tl
 
-from h2tune_kernels.triton_parts import EXACT, below, core_tile, operand, store_rank
+from h2tune_kernels.triton_parts import (
+    EXACT,
+    at_width,
+    below,
+    core_tile,
+    operand,
+    store_rank,
+    this_client,
+    this_tile,
+)
 
 __all__ = ["down_kernel", "fused_kernel", "up_kernel"]
 
@@ -63,8 +74,8 @@ def _down(
     UPCAST: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
-    W: tl.constexpr,
     WIDE: tl.constexpr,
+    W: tl.constexpr,
 ):
     STORE: tl.constexpr = x_ptr.dtype.element_ty
     rows = tl.arange(0, BM)
@@ -127,8 +138,9 @@ def down_kernel(
     WIDE: tl.constexpr,
 ):
     """u = scale x A and z = u (I + T) for one client and one block of rows."""
-    m = tl.program_id(0) * BM
-    c = tl.program_id(1).to(tl.int64)
+    TILES: tl.constexpr = (N + BM - 1) // BM
+    c = this_client(TILES)
+    m = this_tile(TILES) * BM
     row_mask = below(m + tl.arange(0, BM), N, BM)
     x_ptr += c * X_C + m.to(tl.int64) * K
     a_ptr += c * A_C
@@ -143,42 +155,44 @@ def down_kernel(
     rank = R
     if RAGGED:
         rank = tl.load(ranks_ptr + c * R_C)
-    if RAGGED and WIDE > 16 and rank <= 16:
-        _down(x_ptr, a_ptr, core_ptr, index_ptr, scale, rank, u_ptr, z_ptr, row_mask, K, R,
-              A_K, A_R, TRANSPOSE, SPARSE, RESIDUAL, UPCAST, BM, BK, 16, WIDE)  # fmt: skip
-    elif RAGGED and WIDE > 32 and rank <= 32:
-        _down(x_ptr, a_ptr, core_ptr, index_ptr, scale, rank, u_ptr, z_ptr, row_mask, K, R,
-              A_K, A_R, TRANSPOSE, SPARSE, RESIDUAL, UPCAST, BM, BK, 32, WIDE)  # fmt: skip
-    elif RAGGED and WIDE > 64 and rank <= 64:
-        _down(x_ptr, a_ptr, core_ptr, index_ptr, scale, rank, u_ptr, z_ptr, row_mask, K, R,
-              A_K, A_R, TRANSPOSE, SPARSE, RESIDUAL, UPCAST, BM, BK, 64, WIDE)  # fmt: skip
-    else:
-        _down(x_ptr, a_ptr, core_ptr, index_ptr, scale, rank, u_ptr, z_ptr, row_mask, K, R,
-              A_K, A_R, TRANSPOSE, SPARSE, RESIDUAL, UPCAST, BM, BK, WIDE, WIDE)  # fmt: skip
+    at_width(
+        _down,
+        (x_ptr, a_ptr, core_ptr, index_ptr, scale, rank, u_ptr, z_ptr, row_mask, K, R, A_K, A_R,
+         TRANSPOSE, SPARSE, RESIDUAL, UPCAST, BM, BK, WIDE),
+        rank, RAGGED, WIDE,
+    )  # fmt: skip
 
 
 @triton.jit
 def _up(
     z_ptr,
     b_ptr,
+    bias_ptr,
+    scale_ptr,
+    add_ptr,
+    y_ptr,
     rank,
     row_mask,
-    col_mask,
     n,
+    F: tl.constexpr,
     R: tl.constexpr,
     B_R: tl.constexpr,
     B_F: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    ADD: tl.constexpr,
     UPCAST: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     W: tl.constexpr,
 ):
-    """z B for one tile, [BM, BN] in float32."""
     STORE: tl.constexpr = z_ptr.dtype.element_ty
     rows = tl.arange(0, BM)
     cols = n + tl.arange(0, BN)
     rs = tl.arange(0, W)
     live = rs < rank
+    col_mask = below(cols, F, BN)
+    mask = row_mask[:, None] & col_mask[None, :]
     z = tl.load(
         z_ptr + rows[:, None] * R + rs[None, :], mask=row_mask[:, None] & live[None, :], other=0.0
     )
@@ -187,7 +201,16 @@ def _up(
         mask=live[:, None] & col_mask[None, :],
         other=0.0,
     )
-    return tl.dot(operand(z, STORE, UPCAST), operand(b, STORE, UPCAST), input_precision=EXACT)
+    acc = tl.dot(operand(z, STORE, UPCAST), operand(b, STORE, UPCAST), input_precision=EXACT)
+    if SCALED:
+        acc *= tl.load(scale_ptr)
+    if BIAS:
+        bias = tl.load(bias_ptr + cols, mask=col_mask, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    offsets = rows[:, None] * F + cols[None, :]
+    if ADD:
+        acc += tl.load(add_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -218,40 +241,29 @@ def up_kernel(
     WIDE: tl.constexpr,
 ):
     """y = scale z B (+ bias) (+ what already stands in y) for one client and one tile."""
-    n = tl.program_id(0) * BN
-    m = tl.program_id(1) * BM
-    c = tl.program_id(2).to(tl.int64)
-    rows = tl.arange(0, BM)
-    cols = n + tl.arange(0, BN)
-    row_mask = below(m + rows, N, BM)
-    col_mask = below(cols, F, BN)
+    ROW_BLOCKS: tl.constexpr = (N + BM - 1) // BM
+    COL_BLOCKS: tl.constexpr = (F + BN - 1) // BN
+    c = this_client(ROW_BLOCKS * COL_BLOCKS)
+    tile = this_tile(ROW_BLOCKS * COL_BLOCKS)
+    m = tile // COL_BLOCKS * BM
+    n = tile % COL_BLOCKS * BN
+    row_mask = below(m + tl.arange(0, BM), N, BM)
     z_ptr += (c * N + m) * R
     b_ptr += c * B_C
+    bias_ptr += c * BIAS_C
+    scale_ptr += c * S_C
+    out = (c * N + m) * F
+    add_ptr += out
+    y_ptr += out
     rank = R
     if RAGGED:
         rank = tl.load(ranks_ptr + c * R_C)
-    if RAGGED and WIDE > 16 and rank <= 16:
-        acc = _up(z_ptr, b_ptr, rank, row_mask, col_mask, n, R, B_R, B_F, UPCAST, BM, BN, 16)
-    elif RAGGED and WIDE > 32 and rank <= 32:
-        acc = _up(z_ptr, b_ptr, rank, row_mask, col_mask, n, R, B_R, B_F, UPCAST, BM, BN, 32)
-    elif RAGGED and WIDE > 64 and rank <= 64:
-        acc = _up(z_ptr, b_ptr, rank, row_mask, col_mask, n, R, B_R, B_F, UPCAST, BM, BN, 64)
-    else:
-        acc = _up(z_ptr, b_ptr, rank, row_mask, col_mask, n, R, B_R, B_F, UPCAST, BM, BN, WIDE)
-    if SCALED:
-        acc *= tl.load(scale_ptr + c * S_C)
-    if BIAS:
-        bias = tl.load(bias_ptr + c * BIAS_C + cols, mask=col_mask, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    tile = (c * N + m) * F
-    mask = row_mask[:, None] & col_mask[None, :]
-    if ADD:
-        acc += tl.load(add_ptr + tile + rows[:, None] * F + cols[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
-    tl.store(
-        y_ptr + tile + rows[:, None] * F + cols[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask
-    )
+    at_width(
+        _up,
+        (z_ptr, b_ptr, bias_ptr, scale_ptr, add_ptr, y_ptr, rank, row_mask, n, F, R, B_R, B_F,
+         BIAS, SCALED, ADD, UPCAST, BM, BN),
+        rank, RAGGED, WIDE,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -22,6 +22,14 @@ def test_forward_and_every_gradient(interpreted, case, plan, dtype):
     assert {name: e for name, e in errors.items() if not e <= TOLERANCE[dtype]} == {}
 
 
+@pytest.mark.parametrize("size", [0, 21])
+def test_ranks_are_clipped(interpreted, size):
+    """Rank 20 in a tile of 32: a rank of 32 would read into the next row, and not only zeros."""
+    case = Case(3, 9, 24, 18, 20, size=size, ranks=(32, 20, -1))
+    errors = interpreted(kernel_checks.errors, case, "float32", "triton", "around")
+    assert {name: e for name, e in errors.items() if not e <= TOLERANCE["float32"]} == {}
+
+
 @pytest.mark.parametrize("plan", ["around", "fused"])
 def test_bfloat16_code_path(interpreted, plan):
     """bf16 loads, roundings and stores; the products run upcast (see interpret.py)."""

@@ -22,6 +22,12 @@ def test_forward_and_every_gradient(case, dtype):
     assert {name: e for name, e in errors.items() if not e <= TOLERANCE[dtype]} == {}
 
 
+def test_ranks_are_clipped():
+    case = Case(3, 9, 24, 18, 20, size=21, ranks=(32, 20, -1))
+    errors = kernel_checks.errors(case, "float32", "xla", None)
+    assert {name: e for name, e in errors.items() if not e <= TOLERANCE["float32"]} == {}
+
+
 @pytest.mark.parametrize(("kernels", "sparse"), [("xla", False), ("xla", True), ("auto", True)])
 def test_transformations(kernels, sparse):
     errors = kernel_checks.same_under_transforms(kernels, None, sparse)
