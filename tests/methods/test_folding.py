@@ -12,6 +12,7 @@ import toy
 import h2tune_jax as h2
 from h2tune_jax.adapters import beside
 from h2tune_jax.methods import ledger
+from h2tune_jax.methods.traffic import numbers
 
 WEIGHTS = [1.0, 0.0, 2.0], [3.0, 1.0], [1.0, 1.0]
 
@@ -97,7 +98,9 @@ def test_a_client_has_to_fetch_what_it_has_not_had():
     like = lambda *shape: beside.Beside(dense=jax.ShapeDtypeStruct(shape, jnp.float32))
     sites = {"q": like(2, 100, 60), "up": like(2, 40, 40)}
     fetched = lambda had, total, merged: int(
-        ledger.fetched(ledger.LedgerDownload(sites, jnp.int32(merged), jnp.int32(total)), had)
+        numbers(
+            ledger.fetched(ledger.LedgerDownload(sites, jnp.int32(merged), jnp.int32(total)), had)
+        )
     )
     assert fetched(jnp.int32(30), total=30, merged=12) == 0
     assert fetched(jnp.int32(12), total=30, merged=12) == 18 * 2 * (160 + 80)
@@ -109,7 +112,8 @@ def test_a_client_has_to_fetch_what_it_has_not_had():
     assert fetched(jnp.int32(0), total=38, merged=0) == 2 * 100 * 60 + 2 * 40 * 40
     large = {kind: like(32, 4096, 11008) for kind in ("gate", "up", "down")}
     download = ledger.LedgerDownload(large, jnp.int32(0), jnp.int32(2900))
-    assert int(ledger.fetched(download, jnp.int32(0))) == 3 * 2900 * 32 * (4096 + 11008) > 2**31
+    count = numbers(ledger.fetched(download, jnp.int32(0)))
+    assert int(count) == 3 * 2900 * 32 * (4096 + 11008) > 2**31
 
 
 @pytest.mark.parametrize("name", ["flora", "fedex_lora"])
