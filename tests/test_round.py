@@ -118,41 +118,31 @@ def test_eight_devices_give_the_same_rounds_as_one(cpu_devices, client_axis, sam
     toy.assert_trees_close(host(seen), host(metrics), rtol=1e-3, atol=1e-4)
 
 
-def test_rows_of_participants_give_the_same_round_as_the_whole_cohort():
-    specs = toy.make_specs()
-    state = toy.stir(toy.start(JOINT))
-    ids = jnp.array([4, 1]), jnp.array([2, 0])
+def rows_of(trees, ids):
+    return tuple(jax.tree.map(lambda x, i=i: x[i], tree) for tree, i in zip(trees, ids))
+
+
+def in_both_ways(ids):
+    """Run a round on whole cohorts, and on the participants' rows: -> their results, and these rows."""
+    specs, state = toy.make_specs(), toy.stir(toy.start(JOINT))
     bases, data, _, weights, hyper = arguments(JOINT)
-    whole, seen = h2.make_round(JOINT, specs, donate=False)(
-        state, bases, data, ids, weights, hyper, toy.SEED
-    )
-    pick = lambda trees: tuple(
-        jax.tree.map(lambda x, i=i: x[i], tree) for tree, i in zip(trees, ids)
-    )
-    rows = state._replace(clients=pick(state.clients))
-    part, seen_part = h2.make_round(JOINT, specs, resident=False)(
-        rows, bases, pick(data), ids, weights, hyper, toy.SEED
-    )
-    toy.assert_trees_equal(part.clients, pick(whole.clients))
+    rest = ids, weights, hyper, toy.SEED
+    whole = h2.make_round(JOINT, specs, donate=False)(state, bases, data, *rest)
+    rows = state._replace(clients=rows_of(state.clients, ids))
+    round_fn = h2.make_round(JOINT, specs, resident=False, donate=False)
+    return whole, round_fn(rows, bases, rows_of(data, ids), *rest), rows
+
+
+def test_rows_of_participants_give_the_same_round_as_the_whole_cohort():
+    ids = jnp.array([4, 1]), jnp.array([2, 0])
+    (whole, seen), (part, seen_part), _ = in_both_ways(ids)
+    toy.assert_trees_equal(part.clients, rows_of(whole.clients, ids))
     toy.assert_trees_equal(part.server, whole.server)
     toy.assert_trees_equal(seen_part, seen)
 
 
 def test_rows_of_nobody_and_of_the_same_client_again_change_nothing():
-    specs = toy.make_specs()
-    state = toy.stir(toy.start(JOINT))
-    ids = jnp.array([4, 4, 9]), jnp.array([2, 0])
-    bases, data, _, weights, hyper = arguments(JOINT)
-    whole, seen = h2.make_round(JOINT, specs, donate=False)(
-        state, bases, data, ids, weights, hyper, toy.SEED
-    )
-    pick = lambda trees: tuple(
-        jax.tree.map(lambda x, i=i: x[i], tree) for tree, i in zip(trees, ids)
-    )
-    rows = state._replace(clients=pick(state.clients))
-    part, seen_part = h2.make_round(JOINT, specs, resident=False, donate=False)(
-        rows, bases, pick(data), ids, weights, hyper, toy.SEED
-    )
+    (whole, seen), (part, seen_part), rows = in_both_ways((jnp.array([4, 4, 9]), jnp.array([2, 0])))
     toy.assert_trees_equal(part.server, whole.server)
     assert seen_part.rejected == seen.rejected == {"narrow": 2, "wide": 0}
     after, before = (jax.tree.map(lambda x: x[1:], s.clients[0]) for s in (part, rows))
