@@ -162,21 +162,18 @@ def _run(
 ) -> None:
     """Run one seed, or several together, to the end; `RunError` where that was interrupted."""
     if len(team) == 1:
-        own, federation = config.model_copy(update={"seed": team[0]}), federations[team[0]]
-        with loop.open_folder(own, places[0], resume=True) as begin:
-            folder, notices = begin(federation)
-            results = [
-                loop.run_rounds(
-                    programs.method,
-                    federation,
-                    own,
-                    folder=folder,
-                    observers=observers,
-                    stop_request=stop_request,
-                    notices=notices,
-                    programs=programs,
-                )
-            ]
+        results = [
+            loop.simulate(
+                config.model_copy(update={"seed": team[0]}),
+                out=places[0],
+                resume=True,
+                observers=observers,
+                federation=federations[team[0]],
+                method=programs.method,
+                stop_request=stop_request,
+                programs=programs,
+            )
+        ]
     else:
         name, listed = config.method.name, ", ".join(map(str, team))
         tell(observers, Notice(f"{name}: seeds {listed} run together; seed {team[0]} is shown"))

@@ -59,6 +59,7 @@ def simulate(
     federation: Federation | None = None,
     method: FederatedMethod | None = None,
     stop_request: StopRequest | None = None,
+    programs: Programs | None = None,
 ) -> RunResult:
     """Run a federation.
 
@@ -70,6 +71,7 @@ def simulate(
       federation: what `build_federation(config)` gives, where the caller has it already.
       method: likewise, of `build_method(config)`.
       stop_request: see `StopRequest`.
+      programs: as in `run_rounds`.
 
     Raises `FederationError` for what cannot be run, and `RunError` where the folder is the matter.
     """
@@ -85,6 +87,7 @@ def simulate(
             observers=observers,
             stop_request=stop_request,
             notices=notices,
+            programs=programs,
         )
 
 
