@@ -274,7 +274,7 @@ def inspect(run: Run) -> None:
 
 
 @app.command(
-    epilog="Example: h2tune export runs/first --client questions/0 --format peft --out adapter"
+    epilog="Example: h2tune export runs/first --client questions/0 --format adapter --out adapter"
 )
 def export(
     run: Run,

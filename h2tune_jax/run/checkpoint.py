@@ -184,12 +184,18 @@ def restore_newest(
 def restore_state(
     folder: RunFolder | str | os.PathLike, like: PyTree
 ) -> tuple[PyTree, dict[str, Any], list[str]]:
-    """Read the newest state that verifies into the tree `like`: -> (state, facts, what was skipped)."""
+    """Read the newest state that verifies into the tree `like`: -> (state, facts, what was skipped).
+
+    `like` is a `RoundState` of arrays or of shapes. Where clients live in a store of rows ("host",
+    "file"), it has none (`clients=()`), and `run.row_store.read_clients` reads them.
+    """
     found, skipped = restore_newest(_folder(folder))
     if found is None:
         why = "; ".join(skipped) or "there is none"
         raise RunError(f"{_folder(folder).path} has no checkpoint that can be read: {why}")
-    return unflatten(like, found.arrays), found.meta, skipped
+    # A run keeps its round among the facts.
+    arrays = {".round": np.asarray(found.meta["round"], np.int32), **found.arrays}
+    return unflatten(like, arrays), found.meta, skipped
 
 
 def read_manifest(folder: RunFolder | str | os.PathLike, step: int) -> dict[str, Any]:

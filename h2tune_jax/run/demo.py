@@ -18,7 +18,6 @@ from h2tune_jax.run.load_models import ASSETS
 from h2tune_jax.run.loop import simulate
 from h2tune_jax.run.presets import read_preset
 from h2tune_jax.tasks import assets, corpora
-from h2tune_jax.types import RoundState
 
 METHODS = ("local", "h2tune")
 
@@ -112,18 +111,10 @@ def recompute_accuracy(
 ) -> dict[str, float]:
     """Test every client anew as the newest checkpoint holds it: -> mean accuracy by group."""
     method = build_method(method_config(config.method, name))
-    arrays, meta = checkpoint.read_arrays(folder)
     key = jax.eval_shape(jax.random.key, 0)
     start = lambda bases, probe, key: init_round(method, federation.specs, bases, probe, key)
     like = jax.eval_shape(start, federation.bases, federation.probe, key)
-    state = RoundState(
-        round=np.asarray(meta["round"], np.int32),  # pyright: ignore[reportArgumentType]
-        server=checkpoint.unflatten(like.server, arrays, ".server"),
-        clients=tuple(
-            checkpoint.unflatten(clients, arrays, f".clients[{i}]")
-            for i, clients in enumerate(like.clients)
-        ),
-    )
+    state, _, _ = checkpoint.restore_state(folder, like)
     evaluate = make_evaluate(
         method, federation.specs, batch_size=config.evaluation.batch_size,
         client_axis=config.engine.client_axis,
