@@ -171,8 +171,10 @@ def low_rank_svd(u: Array, v: Array, rank: int) -> tuple[Array, Array, Array]:
     left, left_core = jnp.linalg.qr(u)
     right, right_core = jnp.linalg.qr(v.T)
     inner, values, outer = jnp.linalg.svd(left_core @ right_core.T, full_matrices=False)
-    # Rounding leaves values of the size of eps where the product has none.
-    floor = max(u.shape[0], v.shape[1]) * jnp.finfo(u.dtype).eps * values[:1]
+    # Where the product has none, rounding leaves values below eps times the norms of u and v, whatever
+    # the widths; that of the product may be far less than theirs.
+    size = jnp.linalg.norm(left_core) * jnp.linalg.norm(right_core)
+    floor = 4 * jnp.finfo(u.dtype).eps * size
     left, right = left @ inner, outer @ right.T
     peak = jnp.take_along_axis(left, jnp.abs(left).argmax(axis=0)[None, :], axis=0)[0]
     sign = jnp.where(peak < 0, -1, 1).astype(u.dtype)
@@ -183,6 +185,25 @@ def low_rank_svd(u: Array, v: Array, rank: int) -> tuple[Array, Array, Array]:
     grow = max(rank - values.shape[0], 0)
     pad = lambda x, axis: jnp.pad(x, [(0, grow if i == axis else 0) for i in range(x.ndim)])
     return pad(left, 1)[:, :rank], pad(values, 0)[:rank], pad(right, 0)[:rank]
+
+
+def shares_of_alike(
+    likeness: tuple[Array, ...],  # f32[C] a cohort: cosines, or distances negated
+    weights: tuple[Array, ...],  # f32[C] a cohort
+    temperature: float,
+) -> tuple[Array, ...]:  # f32[C] a cohort
+    """Weigh everyone by w_j exp(likeness_j / temperature), up to a factor that all have in common.
+
+    The most alike of those who count has weight w_j, so nothing overflows; nobody who counts weighs less
+    than e^-60 w_j, so something is left where only those who are far hold a part.
+    """
+    heard = [jnp.where(weight > 0, near, -jnp.inf) for near, weight in zip(likeness, weights)]
+    top = jnp.concatenate(heard).max()
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    share = lambda near, weight: (
+        weight * jnp.exp(jnp.clip((near - top) / temperature, -60, 0).astype(weight.dtype))
+    )
+    return tuple(share(near, weight) for near, weight in zip(likeness, weights))
 
 
 def note_latest(

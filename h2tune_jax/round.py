@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from h2tune_jax.check import check_federation, check_mesh, check_round_inputs, named_errors
 from h2tune_jax.method import FederatedMethod
-from h2tune_jax.training import trim
+from h2tune_jax.training import all_finite, trim
 from h2tune_jax.types import (
     Array,
     ClientData,
@@ -167,7 +167,8 @@ def make_round(
       method: what to run.
       specs: the cohorts.
       client_axis: how the clients of a cohort run: "vmap" at once, "scan" one after the other, an int
-        that many at once; "auto" is "scan" on CPU and "vmap" elsewhere. The results are equal.
+        that many at once; "auto" is "scan" on CPU and "vmap" elsewhere. Results are equal up
+        to rounding.
       mesh: a mesh with one (Auto) axis; each cohort's participants are split over its devices.
       resident: False when state and data hold the participants only, in the order of `client_ids`.
       donate: give the state's buffers to the result.
@@ -271,7 +272,7 @@ def _train_client(
     after, upload, metrics = method.client_update(
         spec, key, base, client, Download(common, personal), data, hyper, round_index
     )
-    finite = valid & _all_finite((metrics["loss"], upload, after))
+    finite = valid & all_finite((metrics["loss"], upload, after))
     after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, client)
     # Who has nothing to train on has nothing to say.
     counts = finite & (weight > 0) & jnp.isfinite(weight) & (data.num_examples > 0)
@@ -280,18 +281,6 @@ def _train_client(
     # A product with weight zero is not enough: 0 * nan is nan.
     upload = jax.tree.map(lambda leaf: jnp.where(counts, leaf, jnp.zeros_like(leaf)), upload)
     return after, upload, {**metrics, "finite": finite, "counts": counts}
-
-
-def _all_finite(tree: PyTree) -> Array:
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]
-
-    def spread(leaf):  # 0 wherever all is finite, nan where 0 times an entry is not 0
-        rows = leaf.reshape(-1, leaf.shape[-1] if leaf.ndim else 1)
-        # A matrix-vector product runs at the speed of memory, which XLA's reductions on CPU do not;
-        # the barrier keeps it from being simplified away.
-        return (rows @ jax.lax.optimization_barrier(jnp.zeros(rows.shape[1], leaf.dtype))).sum()
-
-    return jnp.stack([spread(leaf) == 0 for leaf in leaves]).all()
 
 
 def _take(tree: PyTree, place: Array | None) -> PyTree:

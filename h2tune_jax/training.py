@@ -53,6 +53,19 @@ StepFn = Callable[[PyTree, Batch, Array, Array, Array], tuple[PyTree, Metrics]]
 """(carry, batch, key, step, num_steps) -> (carry, scalar metrics)."""
 
 
+def all_finite(tree: PyTree) -> Array:  # bool[]
+    """Say whether no number of a tree is infinite or NaN."""
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]
+
+    def spread(leaf):  # 0 wherever all is finite, nan where 0 times an entry is not 0
+        rows = leaf.reshape(-1, leaf.shape[-1] if leaf.ndim else 1)
+        # A matrix-vector product runs at the speed of memory, which XLA's reductions on CPU do not;
+        # the barrier keeps it from being simplified away.
+        return (rows @ jax.lax.optimization_barrier(jnp.zeros(rows.shape[1], leaf.dtype))).sum()
+
+    return jnp.stack([spread(leaf) == 0 for leaf in leaves]).all()
+
+
 def room(data: ClientData) -> int:
     """Return n, the rows that one client's arrays have room for."""
     return jax.tree.leaves(data.examples)[0].shape[0]

@@ -124,6 +124,33 @@ def test_svd_of_a_stack_is_that_of_the_product(width, out, stack, rank, seed):
     np.testing.assert_allclose((left * values[None, :]) @ right, cut, atol=2e-3 * exact[0])
 
 
+def test_svd_of_a_wide_stack_keeps_what_is_small_and_drops_what_is_rounding():
+    rng = np.random.default_rng(0)
+    values = np.array([1.0, 1e-2, 4e-4, 5e-5])
+    left, right = (np.linalg.qr(rng.normal(size=(1024, 4)))[0] for _ in range(2))
+    mix = np.linalg.qr(rng.normal(size=(12, 4)))[0]  # a stack of three clients, with rank to spare
+    u, v = (left * values[None, :]) @ mix.T, mix @ right.T
+    f32 = lambda x: jnp.asarray(x, jnp.float32)
+    _, found, _ = aggregate.low_rank_svd(f32(u), f32(v), 8)
+    np.testing.assert_allclose(found[:4], values, rtol=5e-3)
+    assert (np.asarray(found[4:]) == 0).all()
+    # Two clients that cancel leave nothing but the rounding of each.
+    none = aggregate.low_rank_svd(f32(np.hstack([u, u])), f32(np.vstack([v, -v])), 8)[1]
+    assert (np.asarray(none) == 0).all()
+
+
+def test_shares_of_alike_clients():
+    likeness = jnp.asarray([0.0, -1.0, 5.0]), jnp.asarray([-1000.0])
+    weights = jnp.asarray([2.0, 1.0, 0.0]), jnp.asarray([1.0])
+    near, far = aggregate.shares_of_alike(likeness, weights, 0.01)
+    np.testing.assert_allclose(near, [2.0, np.exp(-60), 0.0], rtol=1e-5)  # the third does not count
+    np.testing.assert_allclose(far, [np.exp(-60)], rtol=1e-5)
+    alone = aggregate.shares_of_alike((jnp.asarray([-900.0, -900.01]),), (jnp.ones(2),), 0.01)[0]
+    np.testing.assert_allclose(alone, [1.0, np.exp(-1)], rtol=1e-2)
+    nobody = aggregate.shares_of_alike((jnp.asarray([0.5]),), (jnp.zeros(1),), 1.0)[0]
+    np.testing.assert_array_equal(nobody, 0)
+
+
 def test_norms_of_products_from_their_factors():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(3, 7, 2)), rng.normal(size=(3, 2, 5))

@@ -87,7 +87,7 @@ def shards() -> tuple[dict[str, Any], ...]:
     for rank in SHARD_RANKS:
         group = clients(SHARD_MODEL, "trec", 2, rank=rank, examples=SHARD_EXAMPLES)
         group["name"] = shard_name(rank)
-        # One scale for all ranks: HetLoRA averages factors as they are.
+        # One scale for all ranks, so that ranks alone differ.
         group["alpha"] = float(rank)
         group["task"] = {**group["task"], "partition": {"kind": "pathological", "classes": 3}}
         groups.append(group)

@@ -214,8 +214,7 @@ def personal_mean(
         total = others.sum()
         scale = (others * apart).sum() / jnp.where(total > 0, total, 1)
         similar = similar + data_share * jnp.exp(-apart / jnp.where(scale > 0, scale, 1))
-    # At most 1 by construction: no larger exponent is met, and none overflows.
-    shares = weights * jnp.exp((jnp.where(known, similar, 0) - 1) / tau)
+    (shares,) = aggregate.shares_of_alike((jnp.where(known, similar, 0),), (weights,), tau)
     total = shares.sum()
 
     def mean(cores: Array) -> Array:

@@ -22,7 +22,7 @@ from h2tune_jax.methods.lora import (
 )
 from h2tune_jax.methods.start import init_params
 from h2tune_jax.methods.traffic import Units, traffic
-from h2tune_jax.training import Schedule, room, run_steps, scalar_metrics
+from h2tune_jax.training import Schedule, all_finite, room, run_steps, scalar_metrics
 from h2tune_jax.types import Budget, ClientData, Download, PyTree, fold_name
 
 
@@ -102,17 +102,22 @@ def centralised(
                 continue
             name, order = spec.name, aggregate.in_order(weight, ids)
             data, hyper = jax.tree.map(lambda leaf, order=order: leaf[order], upload)
-            params[name], opts[name], metrics = train(
+            before = server.params[name], server.opts[name]
+            *after, metrics = train(
                 training,
                 spec,
                 fold_name(key, name),
                 base,
                 pool(data),
                 jax.tree.map(lambda leaf: leaf[0], hyper),
-                server.params[name],
-                server.opts[name],
+                *before,
                 adapters_fn=lambda parts, spec=spec: assemble(spec, parts),
                 times=(weight > 0).sum(dtype=jnp.int32) if budget == "all" else None,
+            )
+            # As the round does for a client that trains: what is not finite changes nothing.
+            fine = all_finite((metrics["loss"], after))
+            params[name], opts[name] = jax.tree.map(
+                lambda new, old, fine=fine: jnp.where(fine, new, old), tuple(after), before
             )
             losses[name] = metrics["loss"]
         return CentralServer(params, opts), {"loss": losses}

@@ -3,6 +3,8 @@
     A = sum_i s_i [A_i, 0],    B = sum_i s_i [B_i; 0],    s_i ~ w_i |A_i B_i|_F,
 
 and client i gets the first r_i columns of A and rows of B. What nobody of a round holds stays as it was.
+Where scales alpha / r_i differ, factors are averaged and weighed in units of the largest rank's scale, and
+a client's are divided by the root of what its own is of it: a column does the same everywhere.
 
 Ranks prune themselves: a client adds lambda |A tail| |B tail| to its loss, the tail being the last
 (1 - gamma) r columns of A and rows of B; where that product has fallen during local training, it drops
@@ -122,9 +124,10 @@ def hetlora(
 
     def broadcast(specs, key, server, client_ids, round_index) -> tuple[Download, ...]:
         del key, client_ids, round_index
+        units = _units(specs)
         return tuple(
-            Download(_first(server.factors[aggregate.architecture(spec)], spec.rank), ())
-            for spec in specs
+            Download(_first(server.factors[aggregate.architecture(spec)], spec.rank, unit), ())
+            for spec, unit in zip(specs, units)
         )
 
     def client_update(
@@ -186,10 +189,13 @@ def hetlora(
     ):
         del key, bases, probe, weights, client_ids, round_index
         padded = []
-        for spec, part in zip(specs, uploads):
+        for spec, part, unit in zip(specs, uploads, _units(specs)):
             if part is not None:
                 largest = server.factors[aggregate.architecture(spec)]
-                part = _pad(part[0], largest), part[1]
+                # Its scale is a cohort's own, so both can wait until its clients are summed.
+                share = unit if weighting == "norm" else 1.0
+                times = lambda tree, factor: jax.tree.map(lambda leaf: factor * leaf, tree)
+                part = _pad(times(part[0], share * unit**0.5), largest), times(part[1], share)
             padded.append(part)
         factors = aggregate.mean_by_architecture(specs, tuple(padded), server.factors)
         return HetLoraServer(
@@ -243,11 +249,22 @@ def _columns(factors: Parts, active: Array) -> Parts:
     }
 
 
-def _first(factors: Parts, rank: int) -> Parts:
-    """Truncate to a rank."""
+def _units(specs: Specs) -> tuple[float, ...]:
+    """Return each cohort's scale over that of its architecture's largest rank."""
+    units = [1.0] * len(specs)
+    for group in aggregate.architectures(specs).values():
+        largest = max(group, key=lambda place: specs[place].rank)  # the first of them
+        for place in group:
+            units[place] = specs[place].scale / specs[largest].scale
+    return tuple(units)
+
+
+def _first(factors: Parts, rank: int, unit: float) -> Parts:
+    """Truncate to a rank, in units of a cohort's scale."""
+    root = unit**0.5
     return {
-        "a": jax.tree.map(lambda a: a[:, :, :rank], factors["a"]),
-        "b": jax.tree.map(lambda b: b[:, :rank, :], factors["b"]),
+        "a": jax.tree.map(lambda a: a[:, :, :rank] / root, factors["a"]),
+        "b": jax.tree.map(lambda b: b[:, :rank, :] / root, factors["b"]),
     }
 
 

@@ -24,9 +24,9 @@ def everyone(seed=0, clients=5):
 
 @pytest.mark.parametrize("data_share", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("client", [1, 4])
-def test_personal_means(data_share, client):
+@pytest.mark.parametrize("tau", [0.3, 0.01])
+def test_personal_means(data_share, client, tau):
     cores, moments, weights = everyone()
-    tau = 0.3
     learned = np.concatenate([c.reshape(5, -1) for c in cores.values()], axis=1)
     norms = np.linalg.norm(learned, axis=1)
     cosine = learned @ learned[client] / norms / norms[client]

@@ -36,6 +36,22 @@ def federation(budget):
     return spec, h2.ClientData({"x": x}, jnp.asarray([2, 1, 2, 0], jnp.int32))
 
 
+def test_training_that_overflows_changes_nothing():
+    import optax
+
+    spec, data = federation(h2.Budget(batch_size=8, steps=4))
+    method = h2.centralised(optimizer=optax.trace(0.9), optimizer_state="kept", learning_rate=0.5)
+    first = h2.init_round(method, (spec,), (None,), None, jax.random.key(0))
+    round_fn = h2.make_round(method, (spec,), donate=False)
+    rest = lambda hyper: ((None,), (data,), None, None, hyper, toy.SEED)
+    wild = method.hyper._replace(head_rate=jnp.float32(1e30))
+    state, metrics = round_fn(first, *rest(wild))
+    assert not np.isfinite(metrics.server["loss"]["only"])
+    toy.assert_trees_equal(state.server, first.server)
+    state, _ = round_fn(state, *rest(method.hyper))
+    assert float(state.server.params["only"]["head"]) != 0
+
+
 @pytest.mark.parametrize(
     ("budget", "steps", "option"),
     [

@@ -182,6 +182,23 @@ def test_silence_is_the_start_and_similar_to_nobody():
             np.testing.assert_array_equal(leaf, 0 if name in "pq" else 7)
 
 
+def test_a_low_temperature_still_hears_the_most_similar():
+    specs = make_specs()
+    server = server_of(specs)
+    sketches = tuple(latest.sent.sketch for latest in server.latest)
+    similar = [np.array(x) for x in similarity(specs, sketches, 0, jnp.int32(0))]
+    similar[0][0] = -np.inf
+    for sims, latest in zip(similar, server.latest):
+        sims[np.asarray(latest.weights) == 0] = -np.inf
+    place = int(np.argmax([sims.max() for sims in similar]))
+    nearest = int(similar[place].argmax())
+    heard = hear(specs, server, 0, jnp.int32(0), 1e-4)
+    for name in "pq":
+        theirs = server.latest[place].sent.parts[name]
+        for kind in set(theirs) & set(heard[name]):
+            np.testing.assert_allclose(heard[name][kind], theirs[kind][nearest], rtol=1e-4)
+
+
 def test_only_those_who_count_are_noted():
     old, sent = {"q": jnp.arange(4.0)}, {"q": jnp.asarray([10.0, 20.0, 30.0, 40.0])}
     ids, weights = jnp.asarray([2, 0, 0, 9]), jnp.asarray([1.0, 0.5, 0.0, 0.0])

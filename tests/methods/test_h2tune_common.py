@@ -123,6 +123,39 @@ def test_whom_a_client_hears_by_hand():
     np.testing.assert_allclose(found[0, 0], [first, second], rtol=1e-5)
 
 
+def test_kinds_are_matched_by_their_names():
+    # (q, up) against (q, gate, up): `up` stands at another place.
+    one = toy.make_specs()[0]
+    sites = dict.fromkeys(("q", "gate", "up"), (8, 8))
+    other = dataclasses.replace(
+        one, name="other", model=h2.ModelSpec(num_layers=2, sites=sites), targets=None
+    )
+    specs = dataclasses.replace(one, num_clients=1), dataclasses.replace(other, num_clients=1)
+    rng = np.random.default_rng(0)
+    sent = [rng.normal(size=(1, 1, len(spec.kinds), 2, 2)) for spec in specs]
+    uploads = tuple(
+        H2TuneUpload(jnp.asarray(rows, jnp.float32), jnp.ones(rows.shape, bool)) for rows in sent
+    )
+    for place in (0, 1):
+        found = similarity(specs, uploads, place, jnp.int32(0))[1 - place]
+        ours, theirs = (
+            np.concatenate([rows[0, 0, spec.kinds.index(kind)].ravel() for kind in ("q", "up")])
+            for spec, rows in zip(specs, sent)
+        )
+        cosine = ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs)
+        np.testing.assert_allclose(found, [cosine], rtol=1e-5)
+    assert specs[0].kinds.index("up") != specs[1].kinds.index("up")
+
+
+def test_who_is_far_from_all_that_hold_a_part_still_hears_them():
+    specs, server = two_cohorts(), make_server(SENT, ([1, 1], [2]))
+    options = H2TuneOptions(sharing="similar", temperature=0.004)
+    found = hear(options, specs, server, 0, jnp.int32(1))
+    # The second row is held by the others alone: likeness 0.6 and 0.8, e^50 apart; both far from its own.
+    np.testing.assert_allclose(found[0, 0, 0], [3, 4], rtol=1e-5)
+    assert float(np.abs(found[0, 0, 1] - 9).min()) > 1  # not what everyone starts from
+
+
 def test_who_was_never_heard_gets_the_plain_mean():
     specs, server = two_cohorts(), make_server(SENT, ([0, 1], [1]))
     silent = server.latest[0].sent

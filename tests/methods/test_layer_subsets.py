@@ -296,12 +296,42 @@ def test_scores_are_taken_when_it_is_time_and_then_used():
     account = account._replace(scores=jnp.asarray([1.0, 1.1, 9.0, 5.0]))
     server = state.server._replace(accounts=dict.fromkeys(state.server.accounts, account))
     single = h2.fed_hello(allocation="fim", budgets={"few": 1, "many": 1}, **options)
-    send = jax.jit(
-        lambda key: single.broadcast(specs, key, server, (jnp.arange(3),) * 2, jnp.int32(9))
-    )
-    drawn = [send(jax.random.key(seed))[0].personal.ravel() for seed in range(500)]
-    seen = np.bincount(np.concatenate(drawn), minlength=4) / 1500
+    seen = shares_drawn(specs, single, server)
     np.testing.assert_allclose(seen, np.array([1, 1, 3, 2]) / 7, atol=4 * 0.5 / 1500**0.5)
+
+
+def shares_drawn(specs, method, server, *, draws=500):
+    """How often each of four layers is drawn by clients of one layer."""
+    send = jax.jit(
+        lambda key: method.broadcast(specs, key, server, (jnp.arange(3),) * 2, jnp.int32(0))
+    )
+    drawn = [send(jax.random.key(seed))[0].personal.ravel() for seed in range(draws)]
+    return np.bincount(np.concatenate(drawn), minlength=4) / (3 * draws)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"allocation": "rgd", "shape": "inverted_triangle"}, np.array([1, 2, 3, 4]) / 10),
+        ({"allocation": "rgd", "shape": "triangle"}, np.array([4, 3, 2, 1]) / 10),
+        ({"allocation": "combined", "shape": "triangle"}, np.array([4, 3, 2, 1]) / 10),
+        ({"allocation": "fim", "shape": "triangle"}, np.full(4, 0.25)),
+        ({"allocation": "gd", "shape": "inverted_triangle"}, np.array([0, 0, 0, 1])),
+    ],
+)
+def test_layers_are_drawn_by_the_shape_until_there_are_scores(options, expected):
+    specs = make_specs()
+    method = h2.fed_hello(**options, heads="shared", budgets={"few": 1, "many": 1})
+    seen = shares_drawn(specs, method, start(method, specs).server)
+    np.testing.assert_allclose(seen, expected, atol=4 * 0.5 / 1500**0.5)
+
+
+def test_a_regressions_logit_is_not_a_classs():
+    loss_fn = lambda adapters, base, batch, key: (jnp.zeros(()), {"logits": jnp.zeros((1, 1))})
+    spec, _ = make_specs(loss_fn=loss_fn)
+    factors = init_factors(spec, jax.random.key(0))
+    with pytest.raises(h2.FederationError, match="take fisher='log_likelihood'"):
+        layer_scores(spec, base(), factors, None, {"x": jnp.zeros((2, 3))}, "logit")
 
 
 def test_scores_are_those_of_what_a_server_optimiser_leaves():

@@ -107,6 +107,8 @@ def test_hetlora_pads_weighs_by_norms_and_truncates():
     uploads = bench.uploads_of(specs)
     after, _ = bench.aggregate(method, specs, bench.start(method, specs), whole(uploads), WEIGHTS)
     padded, shares = {"q": [], "up": []}, []
+    units = [spec.scale / specs[1].scale for spec in specs]  # of rank 5, the largest
+    assert units[0] == 2.5
     for place in (0, 1):
         rank = specs[place].rank
         for client, weight in enumerate(WEIGHTS[place]):
@@ -115,16 +117,18 @@ def test_hetlora_pads_weighs_by_norms_and_truncates():
                 a, b = (np.asarray(uploads[place][p][kind][client], np.float64) for p in "ab")
                 squares += np.square(a @ b).sum()
                 wide = np.zeros((2, 8, 5)), np.zeros((2, 5, 8))
-                wide[0][:, :, :rank], wide[1][:, :rank] = a, b
+                root = units[place] ** 0.5
+                wide[0][:, :, :rank], wide[1][:, :rank] = root * a, root * b
                 padded[kind].append(wide)
-            shares.append(weight * squares**0.5)
+            shares.append(weight * units[place] * squares**0.5)
     shares = np.asarray(shares) / np.sum(shares)
     for place in (0, 1):
         sites, rank = bench.received(method, specs, after, place).sites, specs[place].rank
         for kind in ("q", "up"):
             a, b = (np.einsum("s,sldr->ldr", shares, np.stack(p)) for p in zip(*padded[kind]))
-            bench.close(sites[kind].a, a[:, :, :rank])
-            bench.close(sites[kind].b, b[:, :rank])
+            root = units[place] ** 0.5
+            bench.close(sites[kind].a, a[:, :, :rank] / root)
+            bench.close(sites[kind].b, b[:, :rank] / root)
 
 
 def test_hetlora_columns_that_nobody_of_a_round_holds_stay():

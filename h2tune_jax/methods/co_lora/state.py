@@ -53,8 +53,9 @@ def similarity(
         zero = jnp.zeros(spec.num_clients, jnp.float32)
         dot = sum((theirs[kind] @ own[kind] for kind in common), zero)
         ours = sum(((own[kind] ** 2).sum() for kind in common), jnp.zeros((), jnp.float32))
-        square = ours * sum(((theirs[kind] ** 2).sum(axis=1) for kind in common), zero)
-        result.append(jnp.where(square > 0, dot / jnp.sqrt(jnp.where(square > 0, square, 1)), 0))
+        square = sum(((theirs[kind] ** 2).sum(axis=1) for kind in common), zero)
+        norms = jnp.sqrt(ours) * jnp.sqrt(square)
+        result.append(jnp.where(norms > 0, dot / jnp.where(norms > 0, norms, 1), 0))
     return tuple(result)
 
 
@@ -70,11 +71,11 @@ def hear(
     """
     latest = server.latest
     similar = similarity(specs, tuple(one.sent.sketch for one in latest), place, client)
-    shares = []
-    for other, (sim, weight) in enumerate(zip(similar, (one.weights for one in latest))):
-        # Cosines are at most 1: no larger exponent is met, and none overflows.
-        share = weight * jnp.exp((sim - 1) / temperature)
-        shares.append(share.at[client].set(0) if other == place else share)
+    weights = tuple(
+        jnp.asarray(one.weights).at[client].set(0) if other == place else one.weights
+        for other, one in enumerate(latest)
+    )
+    shares = aggregate.shares_of_alike(similar, weights, temperature)
     own = aggregate.architecture(specs[place])
     alike = [aggregate.architecture(spec) == own for spec in specs]
     parts: list[Parts] = [one.sent.parts for one in latest]

@@ -38,6 +38,11 @@ def layer_scores(
             raise FederationError(
                 f"cohort {spec.name!r}: loss_fn reports no 'logits', which fisher 'logit' needs"
             )
+        if metrics["logits"].shape[-1] < 2:
+            raise FederationError(
+                f"cohort {spec.name!r}: fisher 'logit' reads a class's logit off a cross-entropy, and "
+                "loss_fn reports a single one (regression?); take fisher='log_likelihood'"
+            )
         counted = metrics.get("positions", batch.mask)
         # What does not count may be anything, infinities included.
         logits = jnp.where(counted[..., None], metrics["logits"].astype(loss.dtype), 0)

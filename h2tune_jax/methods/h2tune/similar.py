@@ -33,10 +33,10 @@ def similarity(
         theirs = jnp.where(mask, upload.middle[:, :, here].astype(jnp.float32), 0)
         mine = own[:, ours]
         over = lambda x, y: jnp.tensordot(x, y, axes=((1, 2, 3, 4), (0, 1, 2, 3)))
-        square = over(mask.astype(jnp.float32), mine**2)
-        square = square * over(theirs**2, own_mask[:, ours].astype(jnp.float32))
-        cosine = over(theirs, mine) / jnp.sqrt(jnp.where(square > 0, square, 1))
-        found.append(jnp.where(square > 0, cosine, 0))
+        norms = jnp.sqrt(over(mask.astype(jnp.float32), mine**2))
+        norms = norms * jnp.sqrt(over(theirs**2, own_mask[:, ours].astype(jnp.float32)))
+        cosine = over(theirs, mine) / jnp.where(norms > 0, norms, 1)
+        found.append(jnp.where(norms > 0, cosine, 0))
     return tuple(found)
 
 
@@ -70,12 +70,13 @@ def hear(
         heard = jnp.take(server.latest[place].weights, client) > 0
         likeness = alike(uploads, place, client, heard)
     else:
-        # Cosines are at most 1: no larger exponent is met, and none overflows.
-        likeness = tuple(cosine - 1 for cosine in similarity(specs, uploads, place, client))
+        likeness = similarity(specs, uploads, place, client)
+    weights = tuple(one.weights for one in server.latest)
+    weights = aggregate.shares_of_alike(likeness, weights, options.temperature)
     total = jnp.zeros_like(server.middle, dtype=at_least_float32(server.middle.dtype))
     share = jnp.zeros_like(total)
-    for spec, upload, near, one in zip(specs, uploads, likeness, server.latest):
-        weight = (one.weights * jnp.exp(near / options.temperature)).astype(total.dtype)
+    for spec, upload, weight in zip(specs, uploads, weights):
+        weight = weight.astype(total.dtype)
         mask = jnp.broadcast_to(upload.mask, upload.middle.shape)
         sent = jnp.where(mask, upload.middle.astype(total.dtype), 0)
         kinds = kind_places(specs, spec)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from h2tune_jax.adapters import triple
-from h2tune_jax.types import Array, Batch, Metrics
+from h2tune_jax.types import Array, Batch, Metrics, at_least_float32
 
 
 def safe_norm(rows: Array) -> Array:
@@ -47,7 +47,10 @@ def distil_term(teacher: Array, metrics: Metrics, batch: Batch, average: str) ->
     A logit that is not finite has no share of a softmax and no gradient: a loss function may mask classes
     out by -inf, and what it does not count may be anything.
     """
-    logits = metrics["logits"]
+    wide = at_least_float32(
+        metrics["logits"].dtype
+    )  # log-probabilities of 16 bits differ by rounding
+    teacher, logits = (z.astype(wide) for z in (teacher, metrics["logits"]))
     positions = metrics.get("positions", batch.mask)
     missing = logits.ndim - 1 - positions.ndim
     weights = positions.reshape(*positions.shape, *(1,) * missing).astype(logits.dtype)
