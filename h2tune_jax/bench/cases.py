@@ -1,6 +1,7 @@
 """What is measured: one case is one program on one size; a plan is a list of cases."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -180,11 +181,15 @@ def product_plan(backend: str, models: Iterable[str], **choices: Sequence) -> li
 
     What makes no difference to the MLP stays there as it is.
     """
-    plan = [default_case(model, backend) for model in models]
-    for field, values in choices.items():
-        spread = lambda case, field=field, values=values: [
-            dataclasses.replace(case, **{field: value}) for value in values
+    plan = []
+    for model in models:
+        own = {
+            field: values
+            for field, values in choices.items()
+            if not (model == "mlp" and field in NOT_OF_MLP)
+        }
+        plan += [
+            default_case(model, backend, **dict(zip(own, values)))
+            for values in itertools.product(*own.values())
         ]
-        fixed = lambda case, field=field: case.model == "mlp" and field in NOT_OF_MLP
-        plan = [new for case in plan for new in ([case] if fixed(case) else spread(case))]
     return list(dict.fromkeys(plan))

@@ -32,6 +32,9 @@ def test_a_selection_combines_its_values_and_spares_the_mlp_what_it_has_not():
         ("tiny", 3, 4),
         ("tiny", 3, 8),
     ]
+    # What two values allow together need not be allowed one by one.
+    (case,) = product_plan("cpu", ["tiny"], kernels=["triton"], method=["h2tune"])
+    assert (case.kernels, case.method) == ("triton", "h2tune")
 
 
 @pytest.mark.parametrize(
