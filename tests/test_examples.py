@@ -179,6 +179,36 @@ def test_a_grid_goes_on_while_the_best_rate_is_at_its_end(monkeypatch):
     assert bench.chosen_rate(lines(), "local", rates) == 1e-4
 
 
+def test_who_is_alone_may_have_a_rate_for_every_task(tmp_path, monkeypatch):
+    bench, report = load_bench_of_methods(monkeypatch)
+    record, setting = sys.modules["record"], bench.plan.smoke(tmp_path)["smoke"]
+    plan = sys.modules["plan_types"].fingerprint(setting, setting.rows["local"])
+    # By rate: what the clients of two tasks have on validation rows, and on test rows.
+    validated = {1e-4: (0.3, 0.4), 3e-4: (0.5, 0.8), 1e-3: (0.6, 0.6), 3e-3: (0.4, 0.5)}
+    tested = {3e-4: (0.51, 0.81), 1e-3: (0.61, 0.61)}
+
+    def lines(rate, seed, split, values):
+        whole = dict.fromkeys(record.COLUMNS, 0)
+        run = {"setting": setting.name, "row": "local", "plan": plan, "rate": rate, "seed": seed}
+        clients = zip(("m-one/0", "m-two/0"), values)
+        about = {"split": split, "round": 2, "device": "x", "jax": "x"}
+        return [whole | run | about | {"client": c, "accuracy": value} for c, value in clients]
+
+    path = record.path_of(setting.name, tmp_path)
+    for rate, values in validated.items():
+        record.append(path, lines(rate, 100, "validation", values))
+    row = setting.rows["local_by_task"]
+    wanted = record.planned(setting, "local_by_task", row, "test", tmp_path)
+    assert {(run.row, run.rate) for run in wanted} == {("local", 1e-3), ("local", 3e-4)}
+    for rate, values in tested.items():
+        record.append(path, lines(rate, 0, "test", values))
+    settings = {setting.name: setting}
+    found = report.found_of(setting, record.measured(setting, settings, tmp_path))
+    means = {row.name: (row.rates, row.mean) for row in found}
+    assert means["local"] == ((3e-4,), pytest.approx((0.51 + 0.81) / 2))
+    assert means["local_by_task"] == ((3e-4, 1e-3), pytest.approx((0.61 + 0.81) / 2))
+
+
 @pytest.mark.slow
 def test_what_a_row_trains_is_counted(tmp_path, monkeypatch):
     bench, _ = load_bench_of_methods(monkeypatch)

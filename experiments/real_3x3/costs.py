@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for setting in (settings[name] for name in args.settings):
         bases = None
         for name, row in own_rows(setting, settings).items():
-            if name in costs_of(setting, args.out):
+            if row.by_task_of is not None or name in costs_of(setting, args.out):
                 continue
             federation = federation_of(setting, row, setting.grid_seeds[0], bases)
             bases = federation.bases

@@ -28,6 +28,11 @@ BASELINES = {
 BASELINES["hetlora"] = BASELINES["hetlora"]._replace(options={**HEADS, "gamma": 1.0})
 BASELINES["co_lora"] = BASELINES["co_lora"]._replace(probe=LARGE_PROBE)
 LOCAL = {"local": Row("local", HEADS, "no middle matrix: every client a plain LoRA, alone")}
+BY_TASK = {
+    "local_by_task": LOCAL["local"]._replace(
+        words="the same, every task at its own best rate", by_task_of="local"
+    )
+}
 WIDE = {"local_wide": LOCAL["local"]._replace(words="the same with twice the rank", rank=2 * RANK)}
 
 # Written out, so that a row means the same whatever the defaults of the package become.
@@ -83,7 +88,9 @@ def forms(common_basis: Options) -> dict[str, Row]:
         ),
         "h2tune": h2tune_row(BETWEEN, "block selection, relation by depth"),
         "h2tune_alone": alone_row(BETWEEN, "h2tune"),
-        "h2tune_common": h2tune_row(common, "the form in a common basis"),
+        "h2tune_common": h2tune_row(common, "the form in a common basis")._replace(
+            also_at="h2tune_common_alone"
+        ),
         "h2tune_common_alone": alone_row(common, "h2tune_common"),
     }
 
@@ -140,6 +147,8 @@ def ablation(common_basis: Options, name_of_form: str) -> dict[str, Row]:
             row = row._replace(probe=LARGE_PROBE)
         if name in SELECTIONS[1:]:
             row = row._replace(rate_beside=SELECTIONS[0])
+        if name == "basis_random_fast":
+            row = row._replace(rate_beside="basis_random")
         rows[name] = row if anew else row._replace(rate_of=name_of_form)
     return rows
 
@@ -193,6 +202,11 @@ def _changes(best: Options) -> Iterator[tuple[str, str, Options]]:
         yield f"basis_{basis}", f"basis: {what}", {"basis": basis}
     alone = {"basis": "random", "core": "residual", **between}
     yield "basis_random", "basis: every client's own, A (I + T) B", alone
+    yield (
+        "basis_random_fast",
+        "the same, the core at ten times the rate of its factors",
+        {**alone, "shared_rate": 10 * rate},
+    )
     yield (
         "core_leading",
         "of the coordinates as many as the rank: the leading",

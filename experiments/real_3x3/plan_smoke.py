@@ -24,7 +24,12 @@ def smoke(folder: Path) -> dict[str, Setting]:
     data.write_text("\n".join(lines))
 
     forms = plan_rows.forms({"shared_rank": 4})
-    rows = {**plan_rows.LOCAL, "fedit": plan_rows.BASELINES["fedit"], "h2tune": forms["h2tune"]}
+    rows = {
+        **plan_rows.LOCAL,
+        **plan_rows.BY_TASK,
+        "fedit": plan_rows.BASELINES["fedit"],
+        "h2tune": forms["h2tune"],
+    }
     some = {name: rows[name] for name in ("local", "h2tune")}
     alone = {"h2tune_alone": forms["h2tune_alone"]}
     tiny = Setting(

@@ -90,7 +90,10 @@ def measured(setting: Setting, settings: Mapping[str, Setting], folder: Path) ->
     one than before. Rows whose grid is not through are left out. Raises `OtherPlan`.
     """
     kept = []
-    for name in setting.rows:
+    for name, row in setting.rows.items():
+        if row.by_task_of is not None:
+            kept += _by_task(setting, name, row, settings, folder)
+            continue
         home, lines = _lines_of(setting, name, settings, folder)
         try:
             rate = rate_of(home, name, home.rows[name], folder)
@@ -98,6 +101,21 @@ def measured(setting: Setting, settings: Mapping[str, Setting], folder: Path) ->
             continue
         kept += [line for line in lines if line["split"] == "validation" or line["rate"] == rate]
     return kept
+
+
+def _by_task(
+    setting: Setting, name: str, row: Row, settings: Mapping[str, Setting], folder: Path
+) -> list[Line]:
+    """Put a row together of those lines of another one that have their task's rate."""
+    home, lines = _lines_of(setting, str(row.by_task_of), settings, folder)
+    try:
+        rates = rates_by_task(home, row, folder)
+    except RateUnknown:
+        return []
+    tested = [line for line in lines if line["split"] != "validation"]
+    return [
+        {**line, "row": name} for line in tested if line["rate"] == rates[task_of(line["client"])]
+    ]
 
 
 def at_others_rate(
@@ -204,6 +222,9 @@ def planned(setting: Setting, name: str, row: Row, split: str, folder: Path) -> 
             return []
         grid = grid_of(read(path_of(setting.name, folder)), name, row.rates)
         return [Run(name, rate, seed, split) for rate in grid for seed in setting.grid_seeds]
+    if row.by_task_of is not None:
+        rates = dict.fromkeys(rates_by_task(setting, row, folder).values())
+        return [Run(row.by_task_of, rate, seed, split) for rate in rates for seed in setting.seeds]
     tested = [name] if row.also_at is None else [name, row.also_at]
     rates = dict.fromkeys(rate_of(setting, one, setting.rows[one], folder) for one in tested)
     return [Run(name, rate, seed, split) for rate in rates for seed in setting.seeds]
@@ -224,9 +245,29 @@ def rate_of(setting: Setting, name: str, row: Row, folder: Path) -> float:
         ) from None
 
 
+def rates_by_task(setting: Setting, row: Row, folder: Path) -> dict[str, float]:
+    """Apply the rule to every task by itself, on the grid of the row that is taken apart."""
+    base = str(row.by_task_of)
+    lines = read(path_of(setting.name, folder))
+    chosen_rate(lines, base, row.rates)  # raises where the grid is not through
+    own = [line for line in lines if line["row"] == base]
+    tasks = dict.fromkeys(task_of(line["client"]) for line in own)
+    grid = grid_of(lines, base, row.rates)
+    return {
+        task: _best([line for line in own if task_of(line["client"]) == task], base, grid)
+        for task in tasks
+    }
+
+
+def task_of(client: str) -> str:
+    """Return the task of a client such as "minilm6-trec/0"."""
+    return client.split("/")[0].split("-")[1]
+
+
 def has_grid(setting: Setting, row: Row) -> bool:
     """Say whether a row's rate is chosen here."""
-    return setting.rates_from is None and row.rate_of is None and row.rate_beside is None
+    others = setting.rates_from, row.rate_of, row.rate_beside, row.by_task_of
+    return all(other is None for other in others)
 
 
 class Progress(NamedTuple):
@@ -244,18 +285,19 @@ def progress(setting: Setting, chosen: Mapping[str, Row], folder: Path) -> Progr
     A file may hold more: tests with a rate that is not the best any more, validations of another grid.
     """
     lines = read(path_of(setting.name, folder))
+    homes = {row.by_task_of or name for name, row in chosen.items()}
     seconds = {
-        run_of(line): line["seconds"] for line in lines if line["row"] in chosen and is_run(line)
+        run_of(line): line["seconds"] for line in lines if line["row"] in homes and is_run(line)
     }
-    finished = total = 0
+    runs: set[Run] = set()
+    unknown = 0
     for name, row in chosen.items():
-        runs = planned(setting, name, row, "validation", folder)
+        runs |= set(planned(setting, name, row, "validation", folder))
         try:
-            runs += planned(setting, name, row, "test", folder)
+            runs |= set(planned(setting, name, row, "test", folder))
         except RateUnknown:
-            total += len(setting.seeds)
-        total += len(runs)
-        finished += sum(run in seconds for run in runs)
+            unknown += len(setting.seeds)
+    finished, total = len(runs & seconds.keys()), len(runs) + unknown
     spent = sum(seconds.values())
     left = (total - finished) * spent / len(seconds) if seconds else None
     return Progress(finished, total, spent, left)

@@ -51,12 +51,14 @@ def table(setting: Setting, found: Sequence[Found]) -> list[str]:
     tasks = list(dict.fromkeys(task for row in found for task in row.by_task))
     beside = [] if rival is None else [f"minus `{rival}`"]
     moments = [name for name in MOMENTS if any(name in row.beside for row in found)]
-    heads = ["row", "rate", "seeds", METRIC, f"minus `{plan.FLOOR}`", *beside, *tasks]
+    tuned = [f"minus `{plan.TUNED_FLOOR}`"] if plan.TUNED_FLOOR in setting.rows else []
+    heads = ["row", "rate", "seeds", METRIC, f"minus `{plan.FLOOR}`", *tuned, *beside, *tasks]
     heads += [MOMENTS[name] for name in moments]
     body = [
         [
             f"`{row.name}`", rate_text(setting, row), f"{len(row.scores)}", share(row.mean),
             interval_text(row.over_floor),
+            *([interval_text(row.over_tuned)] if tuned else []),
             *([] if rival is None else [interval_text(row.over_rival)]),
             *(share(row.by_task.get(task)) for task in tasks),
             *(beside_text(row.beside.get(name)) for name in moments),
@@ -64,6 +66,8 @@ def table(setting: Setting, found: Sequence[Found]) -> list[str]:
         for row in ranked(setting, found)
     ]  # fmt: skip
     lines = [*rows_of(heads, body), "", notes(setting, found), *sharing(found), ""]
+    if len(tasks) > 1:
+        lines += [*folded("By task", task_table(setting, found, tasks)), ""]
     return [
         *lines,
         *folded("By client", client_table(setting, found)),
@@ -78,14 +82,28 @@ def ranked(setting: Setting, found: Sequence[Found]) -> list[Found]:
 
 
 def rate_text(setting: Setting, row: Found) -> str:
-    """Write the rate that was chosen, with a mark where it is the least or the largest that there is."""
-    rates = (*setting.rows[row.name].rates, *LADDER)
-    return f"{row.rate:g}" + ("\\*" if row.rate in (min(rates), max(rates)) else "")
+    """Write the rates that were chosen, with a mark at the least and the largest that there is."""
+    tried = (*setting.rows[row.name].rates, *LADDER)
+    mark = lambda rate: "\\*" if rate in (min(tried), max(tried)) else ""
+    return ", ".join(f"{rate:g}{mark(rate)}" for rate in row.rates)
 
 
 def folded(title: str, lines: Sequence[str]) -> list[str]:
     """Fold lines away under a title."""
     return [f"<details><summary>{title}</summary>", "", *lines, "", "</details>"]
+
+
+def task_table(setting: Setting, found: Sequence[Found], tasks: Sequence[str]) -> list[str]:
+    """Write every task's difference to the floor, and what sharing adds to it."""
+    shared = any(row.alone_by_task for row in found)
+    heads = ["row", *(f"{task}, minus `{plan.FLOOR}`" for task in tasks)]
+    heads += [f"{task}, sharing" for task in tasks] if shared else []
+    body = []
+    for row in ranked(setting, found):
+        cells = [interval_text(row.over_floor_by_task.get(task)) for task in tasks]
+        cells += [interval_text(row.alone_by_task.get(task)) for task in tasks] if shared else []
+        body.append([f"`{row.name}`", *cells])
+    return rows_of(heads, body)
 
 
 def client_table(setting: Setting, found: Sequence[Found]) -> list[str]:
@@ -126,9 +144,15 @@ def sharing(found: Sequence[Found]) -> list[str]:
     said = []
     for row in found:
         here, own = interval_text(row.over_alone_here), interval_text(row.over_alone)
+        there = interval_text(row.over_alone_there)
         if here and own:
-            best = "" if here == own else f", and {own} with each at its own best rate"
-            said.append(f"{here} in `{row.name}` at its rate{best}")
+            text = f"{own} in `{row.name}`"
+            if here != own:
+                text += (
+                    f" with each at its own best rate, {here} at the rate of the form that shares"
+                )
+                text += f", {there} at the rate of the form alone" if there else ""
+            said.append(text)
     return ["", f"What sharing itself adds, paired by seed: {'; '.join(said)}."] if said else []
 
 
@@ -153,7 +177,7 @@ def notes(setting: Setting, found: Sequence[Found]) -> str:
     """Say what a table is made of, and what is missing in it."""
     counts = sorted({len(row.scores) for row in found})
     text = f"Seeds a row: {', '.join(map(str, counts))}."
-    if any(rate_text(setting, row).endswith("*") for row in found):
+    if any("*" in rate_text(setting, row) for row in found):
         text += " \\* the least or the largest rate that is tried."
     names = {row.name for row in found}
     missing = [name for name in setting.rows if name not in names]
@@ -172,6 +196,7 @@ def curve_table(curve: str, points: Mapping[int, Sequence[Found]]) -> list[str]:
     heads = [curve]
     for name in names:
         heads += [f"`{name}`"] if name == plan.FLOOR else [f"`{name}`", f"minus `{plan.FLOOR}`"]
+    heads.append(f"sharing in `{plan.BEST}`")
     body = []
     for value, found in points.items():
         rows = {row.name: row for row in found}
@@ -181,7 +206,8 @@ def curve_table(curve: str, points: Mapping[int, Sequence[Found]]) -> list[str]:
             cells.append("" if row is None else share(row.mean))
             if name != plan.FLOOR:
                 cells.append("" if row is None else interval_text(row.over_floor))
-        body.append(cells)
+        best = rows.get(plan.BEST)
+        body.append([*cells, "" if best is None else interval_text(best.over_alone)])
     return rows_of(heads, body)
 
 

@@ -1,11 +1,12 @@
 """What the report says of each row: its accuracies, and its differences to others, paired by seed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import plan
 from plan_types import Setting
+from record import task_of
 
 from h2tune_jax.run.paired import (
     OVERALL,
@@ -39,7 +40,7 @@ class Found(NamedTuple):
     """One row of one setting, on test rows; accuracies are means over clients."""
 
     name: str
-    rate: float
+    rates: tuple[float, ...]  # one, or by task
     scores: Mapping[int, float]  # by seed
     by_task: Mapping[str, float]  # over its clients and all seeds
     beside: Mapping[str, Beside]  # at the other moments that were measured, by name
@@ -48,10 +49,14 @@ class Found(NamedTuple):
     seconds: float  # a run, median over its seeds
     trained: float | None  # numbers, the mean over clients; None: not measured, as the next
     planned_bytes: float | None  # of a round
-    over_floor: Interval | None  # paired by seed, as are the next three
+    over_floor: Interval | None  # paired by seed, as are all that follow
+    over_tuned: Interval | None  # over the floor with a rate of its own for every task
+    over_floor_by_task: Mapping[str, Interval]
+    alone_by_task: Mapping[str, Interval]  # over the same row where nothing is shared
     over_rival: Interval | None
     over_alone: Interval | None  # the same row where nothing is shared, each at its own best rate
     over_alone_here: Interval | None  # the same, at this row's rate
+    over_alone_there: Interval | None  # the same, at that row's rate
     rival: str | None
 
     @property
@@ -85,7 +90,7 @@ def found_of(
             name,
             tested,
             beside_of(setting, name, lines),
-            (elsewhere or {}).get(f"{name}{plan.ALONE}", ()),
+            elsewhere or {},
             to_floor,
             to_rival,
             (costs or {}).get(name, {}),
@@ -100,19 +105,20 @@ def _found(
     name: str,
     tested: Lines,
     beside: Mapping[str, Beside],
-    alone_here: Lines,
+    elsewhere: Mapping[str, Lines],
     to_floor: Mapping[str, ComparisonRow],
     to_rival: Mapping[str, ComparisonRow],
     cost: Mapping[str, Any],
     rival: str | None,
 ) -> Found:
-    own = [line for line in tested if line["row"] == name]
+    rows = lambda wanted: [line for line in tested if line["row"] == wanted]
+    own, floor, alone = rows(name), rows(plan.FLOOR), rows(f"{name}{plan.ALONE}")
     tasks = dict.fromkeys(task_of(line["client"]) for line in own)
     clients = dict.fromkeys(line["client"] for line in own)
     a_round = lambda way: float(np.mean([line[way] / line["round"] for line in own]))
     return Found(
         name=name,
-        rate=own[0]["rate"],
+        rates=tuple(sorted({line["rate"] for line in own})),
         scores={seed: mean([x for x in own if x["seed"] == seed]) for seed in to_floor[name].seeds},
         beside=beside,
         by_task={task: mean([x for x in own if task_of(x["client"]) == task]) for task in tasks},
@@ -125,8 +131,12 @@ def _found(
         planned_bytes=cost.get("planned_bytes"),
         over_floor=to_floor[name].difference,
         over_rival=to_rival[name].difference if name in to_rival else None,
-        over_alone=over(own, [x for x in tested if x["row"] == f"{name}{plan.ALONE}"]),
-        over_alone_here=over(own, alone_here),
+        over_tuned=over(own, rows(plan.TUNED_FLOOR)),
+        over_floor_by_task={} if name == plan.FLOOR else over_by_task(own, floor, tasks),
+        alone_by_task=over_by_task(own, alone, tasks),
+        over_alone=over(own, alone),
+        over_alone_here=over(own, elsewhere.get(f"{name}{plan.ALONE}", ())),
+        over_alone_there=over(elsewhere.get(name, ()), alone),
         rival=rival,
     )
 
@@ -137,6 +147,14 @@ def over(lines: Lines, others: Lines) -> Interval | None:
         return None
     named = [{**x, "row": "this"} for x in lines] + [{**x, "row": "other"} for x in others]
     return compare(named, "other")["this"].difference
+
+
+def over_by_task(lines: Lines, others: Lines, tasks: Iterable[str]) -> dict[str, Interval]:
+    """Compare task by task, where there are several and both rows have been run."""
+    of_task = lambda rows, task: [line for line in rows if task_of(line["client"]) == task]
+    tasks = tuple(tasks)
+    found = {task: over(of_task(lines, task), of_task(others, task)) for task in tasks}
+    return {task: gap for task, gap in found.items() if gap is not None and len(tasks) > 1}
 
 
 def mean(lines: Lines) -> float:
@@ -182,8 +200,3 @@ def rival_of(setting: Setting, means: Mapping[str, float]) -> str | None:
     none = (*NOT_RIVALS, setting.judged)
     rivals = [name for name in means if setting.rows[name].method not in none]
     return max(rivals, key=lambda name: means[name], default=None)
-
-
-def task_of(client: str) -> str:
-    """Return the task of a client such as "minilm6-trec/0"."""
-    return client.split("/")[0].split("-")[1]
