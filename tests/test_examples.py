@@ -325,7 +325,11 @@ def test_the_bench_of_methods_runs_what_is_missing(tmp_path, monkeypatch):
     other = next(rate for rate in rates if rate != best)
     stale = [{**x, "rate": other} for x in tested if x["row"] == "h2tune"]
     bench.append(path, stale)
-    assert report.measured(setting, settings, tmp_path) == lines
+    kept = report.measured(setting, settings, tmp_path)
+    assert [line for line in kept if line["row"] != "local_by_task"] == lines
+    # Of one task, so at the rate of `local`: its own tests.
+    taken = [{**x, "row": "local_by_task"} for x in tested if x["row"] == "local"]
+    assert [line for line in kept if line["row"] == "local_by_task"] == taken
     rows = {name: setting.rows[name] for name in ("local", "h2tune")}
     assert bench.progress(setting, rows, tmp_path)[:2] == (num_runs, num_runs)
     # Where only tests with another rate are left, those with the best are to be done.
@@ -338,9 +342,9 @@ def test_the_bench_of_methods_runs_what_is_missing(tmp_path, monkeypatch):
     bench.main(command)
     assert bench.progress(setting, rows, tmp_path)[:2] == (num_runs, num_runs)
     path.write_text(whole)
-    found = report.found_of(setting, lines)
+    found = report.found_of(setting, kept)
     text = "\n".join(report.table(setting, found))
-    assert [row.name for row in found] == ["local", "h2tune"]
+    assert [row.name for row in found] == ["local", "local_by_task", "h2tune"]
     assert "Not run yet: fedit." in text
     report.draw(setting, found, tmp_path / "smoke.svg")
     assert "h2tune" in (tmp_path / "smoke.svg").read_text()
