@@ -72,6 +72,11 @@ TERMS = {
 SELECTIONS = tuple(
     f"select_{name}" for name in ("block", "score", "score_frozen", "magnitude", "random")
 )
+# Whose rate a row takes whose parameters mean what that one's do.
+BESIDE = {
+    **dict.fromkeys(SELECTIONS[1:], SELECTIONS[0]),
+    "basis_random_fast": "basis_random",
+}
 MOMENTUM: Options = {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}  # in all, steps of 1
 
 
@@ -145,10 +150,7 @@ def ablation(common_basis: Options, name_of_form: str) -> dict[str, Row]:
         row = h2tune_row({**best, **change}, words)
         if change.get("basis") == "anchored":
             row = row._replace(probe=LARGE_PROBE)
-        if name in SELECTIONS[1:]:
-            row = row._replace(rate_beside=SELECTIONS[0])
-        if name == "basis_random_fast":
-            row = row._replace(rate_beside="basis_random")
+        row = row._replace(rate_beside=BESIDE.get(name))
         rows[name] = row if anew else row._replace(rate_of=name_of_form)
     return rows
 

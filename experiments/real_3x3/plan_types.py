@@ -20,9 +20,7 @@ class Row(NamedTuple):
     rate_of: str | None = None  # a row of the shared setting, whose rate it takes
     rate_beside: str | None = None  # the same, a row of the same setting
     also_at: str | None = None  # a row of the same setting, at whose rate it is tested too
-    by_task_of: str | None = (
-        None  # a row that shares nothing: this is it, every task at its own rate
-    )
+    by_task_of: str | None = None  # a row that shares nothing, here with a rate for every task
     rank: int | None = None  # of every client, scaled as its group is; None: what the group says
     probe: Mapping[str, Any] | None = None  # public texts for this row; None: the setting's
     mean_heads: bool = False  # after every round all clients get the mean of their heads
