@@ -32,6 +32,7 @@ BUDGET = {"batch_size": 8, "steps": 8}  # every round, once through 64 examples
 # Public texts of none of the tasks, for methods that fit models to each other.
 PROBE = {"data": "sms", "count": 64, "max_length": 24}
 LARGE_PROBE = {**PROBE, "count": 1024}  # for factors that are fitted on it, one row a text
+WIDE_PROBE = {**PROBE, "count": 4096}  # more texts than any site has outputs
 
 
 def clients(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from plan_groups import LARGE_PROBE, RANK, SHARD_RANKS, shard_budgets
+from plan_groups import LARGE_PROBE, RANK, SHARD_RANKS, WIDE_PROBE, shard_budgets
 from plan_types import RATES, Row
 
 Options = Mapping[str, Any]
@@ -16,6 +16,7 @@ WORDS = {
     "hetlora": "without its pruning",
     "fedra": "half of the layers, drawn at random",
     "fed_hello": "half of the layers, drawn by the shape `bottleneck` (RGD)",
+    "co_lora": "its factors fitted on 1,024 public texts",
 }
 BASELINES = {
     name: Row(name, HEADS, WORDS.get(name, ""))
@@ -27,6 +28,9 @@ BASELINES = {
 # Its pruning keeps 0.99 of a rank, rounded down: of ranks like these that is an eighth at once, or half.
 BASELINES["hetlora"] = BASELINES["hetlora"]._replace(options={**HEADS, "gamma": 1.0})
 BASELINES["co_lora"] = BASELINES["co_lora"]._replace(probe=LARGE_PROBE)
+BASELINES["co_lora_4096"] = BASELINES["co_lora"]._replace(
+    words="the same, on 4,096", probe=WIDE_PROBE
+)
 LOCAL = {"local": Row("local", HEADS, "no middle matrix: every client a plain LoRA, alone")}
 BY_TASK = {
     "local_by_task": LOCAL["local"]._replace(
@@ -152,6 +156,8 @@ def ablation(common_basis: Options, name_of_form: str) -> dict[str, Row]:
             row = row._replace(probe=LARGE_PROBE)
         row = row._replace(rate_beside=BESIDE.get(name))
         rows[name] = row if anew else row._replace(rate_of=name_of_form)
+        if row.probe is not None:
+            rows[f"{name}_4096"] = row._replace(words="the same, on 4,096", probe=WIDE_PROBE)
     return rows
 
 
@@ -198,7 +204,7 @@ def _changes(best: Options) -> Iterator[tuple[str, str, Options]]:
     yield "pure", "the core between the own factors, A T B", {"core": "pure", **between}
     for basis, what in {
         "seeded": "drawn from one seed",
-        "anchored": "fitted on public texts",
+        "anchored": "fitted on 1,024 public texts",
         "singular": "singular vectors of the frozen weights",
     }.items():
         yield f"basis_{basis}", f"basis: {what}", {"basis": basis}
