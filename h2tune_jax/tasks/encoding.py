@@ -310,6 +310,8 @@ def _tokenise(
 ) -> dict[str, list[list[int]]]:
     if not texts:
         return {"input_ids": []}
+    if hasattr(tokenizer, "model_max_length"):
+        options["verbose"] = False  # Hugging Face's own would warn of lengths that are cut here
     found: Mapping[str, Any] = tokenizer(texts, *(() if pairs is None else (pairs,)), **options)
     names = [name for name in ("input_ids", "token_type_ids") if name in found]
     return {name: [list(ids) for ids in found[name]] for name in names}

@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 from words import Words
@@ -200,3 +202,10 @@ def test_a_real_tokenizer_keeps_its_special_tokens(minilm_tokenizer):
         [{"a": "one two", "b": "three"}], minilm_tokenizer, max_length=8, text="{a}", pair="{b}"
     )
     same(pairs.examples["token_type_ids"], [[0, 0, 0, 0, 1, 1, 0, 0]])
+
+
+def test_a_cut_text_brings_no_warning_of_errors_to_come(minilm_tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    long = [{"text": "word " * (minilm_tokenizer.model_max_length + 1)}]
+    assert encoding.encode_texts(long, minilm_tokenizer, max_length=16).num_truncated == 1
+    assert not caplog.records
