@@ -141,12 +141,8 @@ def test_a_client_hears_the_others_by_similarity_and_weight(place, client):
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sketch_numbers", [64, pytest.param(5, marks=pytest.mark.slow)])
-def test_what_is_sketched_is_the_sum_of_the_gradients_over_a_rounds_steps(sketch_numbers):
-    # Under plain descent it can be read off how far P and Q have gone: P_0 - P_1 = rate * sum.
-    specs, rate = make_specs(budget=h2.Budget(batch_size=4, steps=3))[1:], 0.05
-    options = {"optimizer": optax.identity(), "sketch_numbers": sketch_numbers}
-    method = h2.co_lora(num_blocks=2, learning_rate=rate, **options)
+def one_update(method, specs):
+    """Let a client of the second toy cohort train for a round -> its state before and after, its upload."""
     bases, texts, data = toy.make_bases()[1:], toy.probe()[1:], toy.make_data(toy.make_specs())[1]
     state = toy.stir(h2.init_round(method, specs, bases, texts, jax.random.key(0)))
     one = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
@@ -159,6 +155,16 @@ def test_what_is_sketched_is_the_sum_of_the_gradients_over_a_rounds_steps(sketch
     after, upload, _ = update(
         jax.random.key(2), bases[0], client, download, data, method.hyper, state.round
     )
+    return client, after, upload
+
+
+@pytest.mark.parametrize("sketch_numbers", [64, pytest.param(5, marks=pytest.mark.slow)])
+def test_what_is_sketched_is_the_sum_of_the_gradients_over_a_rounds_steps(sketch_numbers):
+    # Under plain descent it can be read off how far P and Q have gone: P_0 - P_1 = rate * sum.
+    specs, rate = make_specs(budget=h2.Budget(batch_size=4, steps=3))[1:], 0.05
+    options = {"optimizer": optax.identity(), "sketch_numbers": sketch_numbers}
+    method = h2.co_lora(num_blocks=2, learning_rate=rate, **options)
+    client, after, upload = one_update(method, specs)
     gone = {
         name: {"q": (np.float64(client.params[name]["q"]) - after.params[name]["q"]) / rate}
         for name in "pq"
@@ -168,6 +174,15 @@ def test_what_is_sketched_is_the_sum_of_the_gradients_over_a_rounds_steps(sketch
     assert upload.sketch["q"].shape == (min(sketch_numbers, 12),)
     np.testing.assert_allclose(upload.sketch["q"], expected, rtol=1e-4, atol=1e-5)
     assert np.abs(expected).max() > 0.1
+
+
+def test_a_pull_to_the_download_is_not_taken_for_the_likeness_of_tasks():
+    specs = make_specs(budget=h2.Budget(batch_size=4, steps=1))[1:]
+    plain = h2.co_lora(num_blocks=2, optimizer=optax.identity(), learning_rate=0.05)
+    _, free, expected = one_update(plain, specs)
+    _, pulled, found = one_update(h2.proximal(plain, mu=2.0), specs)
+    assert np.abs(free.params["p"]["q"] - pulled.params["p"]["q"]).max() > 1e-3
+    np.testing.assert_allclose(found.sketch["q"], expected.sketch["q"], rtol=1e-4, atol=1e-5)
 
 
 def test_silence_is_the_start_and_similar_to_nobody():

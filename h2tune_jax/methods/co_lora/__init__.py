@@ -11,15 +11,16 @@ token (`adapters/gated.py`): its local one, which it trains and sends, and a sha
 sets to sum over j != i of softmax(sim_ij / tau) (P_j, Q_j). sim is the cosine of the clients' sketched
 gradients. The other layers have plain LoRA factors, mixed among equal architectures by the same weights.
 
-Our reading, where the paper's text was not at hand: the gradients compared are those with respect to P and
-Q, which live in the common coordinates, summed over a round's steps; the gate is, per site and token, the
-sigmoid of a linear map (with a bias) of x A_local; the other layers have the same two branches and gates,
-and start alike in equal architectures; the shared branch is held still while a client trains, and
-`proximal` pulls the local one to it; clients that were not sampled count with what they last sent; and a
-client's weight in its round multiplies its share.
+Our reading, where the paper's text was not at hand: the gradients compared are those with respect to P
+and Q, which live in the common coordinates, summed over a round's steps, without the pull of `proximal`;
+the gate is, per site and token, the sigmoid of a linear map (with a bias) of x A_local; the other layers
+have the same two branches and gates, and start alike in equal architectures; the shared branch is held
+still while a client trains, and `proximal` pulls the local one to it; clients that were not sampled count
+with what they last sent; and a client's weight in its round multiplies its share.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,6 +58,8 @@ from h2tune_jax.types import (
     fold_name,
 )
 
+Penalty = Callable[[Parts], Array]
+
 
 def co_lora(
     *,
@@ -85,11 +88,13 @@ def co_lora(
     check_whole("num_blocks", num_blocks)
     check_positive("temperature", temperature)
     check_whole("sketch_numbers", sketch_numbers)
-    noting = dataclasses.replace(
-        training,
-        optimizer=optax.chain(_sum_gradients(("p", "q")), training.transform),
-        optimizer_state="kept",  # for the round: `client_update` decides what is kept beyond it
-    )
+
+    def that_notes(penalty: Penalty | None) -> Training:
+        return dataclasses.replace(
+            training,
+            optimizer=optax.chain(_sum_gradients(("p", "q"), penalty), training.transform),
+            optimizer_state="kept",  # for the round: `client_update` decides what is kept beyond it
+        )
 
     def blocks_of(specs: Specs) -> int:
         return num_blocks or min(4, *(spec.model.num_layers for spec in specs))
@@ -153,13 +158,15 @@ def co_lora(
     ):
         del round_index
         frozen, heard = download.common, download.personal
+        penalty = drift_penalty(drift_fn, heard)
+        noting = that_notes(penalty)
         fresh: Any = noting.transform.init(widen(client.params))
         summing, inner = fresh
         opt = summing, client.opt if training.kept else inner
         params, (noted, after), metrics = train(
             noting, spec, key, base, data, hyper, client.params, opt,
             adapters_fn=lambda params: assemble(spec, frozen, params, heard),
-            penalty_fn=drift_penalty(drift_fn, heard),
+            penalty_fn=penalty,
         )  # fmt: skip
         sent = CoLoraUpload(travelling(params), sketch(noted, spec.kinds, sketch_numbers))
         client = CoLoraClient(params, heard, after if training.kept else ())
@@ -193,16 +200,19 @@ def co_lora(
     )
 
 
-def _sum_gradients(names: tuple[str, ...]) -> optax.GradientTransformation:
-    """Pass gradients on, and keep the sum of those of some parts."""
+def _sum_gradients(names: tuple[str, ...], penalty: Penalty | None) -> optax.GradientTransformation:
+    """Pass gradients on, and keep the sum of those of some parts, of the task alone."""
 
     def init(params):
         wide = lambda leaf: jnp.zeros(leaf.shape, at_least_float32(leaf.dtype))
         return {name: jax.tree.map(wide, params[name]) for name in names}
 
     def update(updates, state, params=None):
-        del params
+        ours = {name: updates[name] for name in names}
+        if penalty is not None:
+            pull = jax.grad(penalty)(params)
+            ours = jax.tree.map(jnp.subtract, ours, {name: pull[name] for name in names})
         add = lambda total, grad: total + grad.astype(total.dtype)
-        return updates, {name: jax.tree.map(add, state[name], updates[name]) for name in names}
+        return updates, jax.tree.map(add, state, ours)
 
     return optax.GradientTransformation(init, update)
