@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -137,9 +138,9 @@ def test_the_bench_of_methods_has_every_kind_of_setting(tmp_path, monkeypatch):
     assert (tmp_path / "curve-rank.svg").is_file()
     assert {line["row"] for line in bench.read(tmp_path / "rank4.csv")} == {"local", "h2tune"}
     lines = bench.read(tmp_path / "newcomers.csv")
-    # What shares nothing is tested at the rate of what shares, too, which may be its own best one.
+    # What shares is tested at the rate of what shares nothing, too, and the other way round.
     at = lambda row: {x["rate"] for x in lines if (x["row"], x["split"]) == (row, "test")}
-    assert at("h2tune") <= at("h2tune_alone")
+    assert at("h2tune") == at("h2tune_alone")
     assert "What sharing itself adds, paired by seed: " in page
     newcomers = [line for line in lines if line["split"] == "newcomer"]
     assert {line["client"] for line in newcomers} == {"tiny-words/2"}
@@ -207,6 +208,49 @@ def test_who_is_alone_may_have_a_rate_for_every_task(tmp_path, monkeypatch):
     means = {row.name: (row.rates, row.mean) for row in found}
     assert means["local"] == ((3e-4,), pytest.approx((0.51 + 0.81) / 2))
     assert means["local_by_task"] == ((3e-4, 1e-3), pytest.approx((0.61 + 0.81) / 2))
+
+
+def test_rows_may_be_tested_at_each_others_rates(tmp_path, monkeypatch):
+    bench, _ = load_bench_of_methods(monkeypatch)
+    record, settings = sys.modules["record"], bench.plan.smoke(tmp_path)
+    setting, fingerprint = settings["newcomers"], sys.modules["plan_types"].fingerprint
+    best = {"local": 1e-3, "h2tune": 1e-3, "h2tune_alone": 3e-3}
+    built = []
+
+    def fake_lines(setting, programs, federation, run):
+        about = {
+            "setting": setting.name, "plan": fingerprint(setting, setting.rows[run.row]),
+            "client": "tiny-words/0", "accuracy": -abs(np.log(run.rate / best[run.row])),
+            "seconds": 1, "device": "x", "jax": "x", **run._asdict(),
+        }  # fmt: skip
+        return [dict.fromkeys(record.COLUMNS, 0) | about]
+
+    def fake_federation(setting, row, seed, bases):
+        built.append((seed, row.probe))
+        return types.SimpleNamespace(bases=(), specs=())
+
+    monkeypatch.setattr(bench, "lines_of", fake_lines)
+    monkeypatch.setattr(bench, "federation_of", fake_federation)
+    monkeypatch.setattr(bench, "specs_of", lambda row, specs: ())
+    monkeypatch.setattr(bench, "programs_of", lambda setting, row, specs: ())
+    fake_method = types.SimpleNamespace(check=lambda specs: None)
+    monkeypatch.setattr(bench, "method_of", lambda row: fake_method)
+    bench.bench(setting, setting.rows, tmp_path)
+    lines = bench.read(record.path_of(setting.name, tmp_path))
+    at = lambda row: {x["rate"] for x in lines if (x["row"], x["split"]) == (row, "test")}
+    assert at("local") == {1e-3}
+    assert at("h2tune") == at("h2tune_alone") == {1e-3, 3e-3}
+    assert bench.progress(setting, setting.rows, tmp_path).finished == len(lines)
+
+    # Rows of other public texts have federations of their own.
+    count = lambda n: {"data": "words.jsonl", "count": n, "max_length": 4}
+    rows = {f"local_{n}": setting.rows["local"]._replace(probe=count(n)) for n in (8, 16)}
+    best |= dict.fromkeys(rows, 1e-3)
+    built.clear()
+    bench.bench(setting._replace(name="probes", rows=rows), rows, tmp_path)
+    assert {(seed, probe["count"]) for seed, probe in built} == {
+        (seed, n) for seed in (*setting.seeds, *setting.grid_seeds) for n in (8, 16)
+    }
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def bench(setting: Setting, chosen: Mapping[str, Row], out: Path) -> None:
     federations: dict[tuple, Federation] = {}
 
     def federation(row: Row, seed: int) -> Federation:
-        key = seed, row.probe is None
+        key = seed, str(row.probe)
         if key not in federations:
             bases = next(iter(federations.values())).bases if federations else None
             federations[key] = federation_of(setting, row, seed, bases)
@@ -64,7 +64,10 @@ def bench(setting: Setting, chosen: Mapping[str, Row], out: Path) -> None:
     # A row that is refused is to be known now, not hours later.
     for row in chosen.values():
         method_of(row).check(specs_of(row, federation(row, setting.seeds[0]).specs))
-    for name, row in chosen.items():
+    # At another row's rate when all have their own: two rows may ask for each other's.
+    own = [(name, row._replace(also_at=None)) for name, row in chosen.items()]
+    others = [(name, row) for name, row in chosen.items() if row.also_at is not None]
+    for name, row in [*own, *others]:
         programs = None
         for split in ("validation", "test"):
             while missing := missing_of(setting, name, row, split, out):

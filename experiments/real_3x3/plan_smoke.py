@@ -59,7 +59,12 @@ def smoke(folder: Path) -> dict[str, Setting]:
         tiny._replace(
             name="newcomers",
             groups=({**_clients("tiny-words", data), "count": 3},),
-            rows={**some, **alone},
+            # Each is tested at the other's rate, too.
+            rows={
+                "local": some["local"],
+                "h2tune": some["h2tune"]._replace(also_at="h2tune_alone"),
+                **alone,
+            },
             newcomers=1,
         ),
         tiny._replace(name="ablation", rows=some, against="h2tune", shares="smoke"),
