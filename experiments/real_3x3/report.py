@@ -19,7 +19,7 @@ from h2tune_jax.run.paired import Interval
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
-BYTES = 4  # of a number: all that travels is float32
+BYTES = 4  # of a number: all that travels is, but for the masks of the examples that `centralised` sends
 START, END = "<!-- results -->", "<!-- end of results -->"
 
 
@@ -125,7 +125,7 @@ def mean_text(value: Interval | None) -> str:
 
 
 def cost_of_rows(setting: Setting, found: Sequence[Found]) -> list[str]:
-    """Write what every row sends, trains and takes."""
+    """Write what every row sends, trains and takes; what was counted of none has no column."""
     heads = ["row", "sent up", "sent down", "numbers trained", "memory of a round", "s a round"]
     body = [
         [
@@ -136,6 +136,8 @@ def cost_of_rows(setting: Setting, found: Sequence[Found]) -> list[str]:
         ]
         for row in ranked(setting, found)
     ]  # fmt: skip
+    filled = [i for i in range(len(heads)) if any(line[i] for line in body)]
+    heads, *body = ([line[i] for i in filled] for line in [heads, *body])
     return rows_of(heads, body)
 
 
