@@ -225,29 +225,36 @@ def _deal(
         held = lambda name, size: (parts[name][:size],) * group.count
         validation = held("validation", task.validation) if task.validation else None
         return Split(clients, validation, held("test", task.test), True)
-    train, validation, test = zip(*(_cut_own(group, rows, rng) for rows in clients))
+    train, validation, test = zip(*(_cut_own(group, source, rows, seed) for rows in clients))
     return Split(train, validation if task.validation else None, test, False)
 
 
 def _cut_own(
-    group: GroupConfig, rows: np.ndarray, rng: np.random.Generator
+    group: GroupConfig, source: Source, rows: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut one client's rows into training, validation and test rows, in the settings' proportions."""
+    """Cut one client's rows into training, validation and test rows, in the settings' proportions.
+
+    Repeats of a row stay in one part.
+    """
     task = group.task
-    rows = rng.permutation(rows)
     if task.train is None:
-        sizes = [task.validation, task.test]
+        sizes = {"test": task.test, "validation": task.validation}
     else:
         whole = task.train + task.validation + task.test
         share = lambda size: max(round(len(rows) * size / whole), 1) if size else 0
-        sizes = [share(task.validation), share(task.test)]
-    if len(rows) <= sum(sizes):
+        sizes = {"test": share(task.test), "validation": share(task.validation)}
+    held = {name: size for name, size in sizes.items() if size}
+    own = [source.rows[i] for i in rows]
+    try:
+        parts = tasks.split_rows(own, {**held, "train": None}, seed=seed, by=_content(task, source))
+    except FederationError:
         raise FederationError(
             f"group {group.name!r}: a client has {len(rows)} rows, too few to train on some and to "
-            f"hold out {sum(sizes)}"
-        )
-    cut = [len(rows) - sum(sizes), len(rows) - sizes[1]]
-    train, validation, test = np.split(rows, cut)
+            f"hold out {sum(sizes.values())}"
+        ) from None
+    train, validation, test = (
+        rows[parts.get(name, np.array([], np.int64))] for name in ("train", "validation", "test")
+    )
     return np.sort(train), validation, test
 
 

@@ -209,6 +209,25 @@ def test_own_test_rows(folder):
     assert len(set.union(*parts)) == 2 * (12 + 4 + 6)
 
 
+def test_a_clients_repeats_stay_in_one_part(folder, tmp_path):
+    lines = (folder / "words.jsonl").read_text().splitlines(keepends=True)
+    thrice = tmp_path / "thrice.jsonl"
+    thrice.write_text("".join(line * 3 for line in lines))
+    changes = (
+        f"groups.narrow.task.data={thrice}", "groups.narrow.task.held_out=own",
+        "groups.narrow.task.test=6", "groups.narrow.task.train=60",
+    )  # fmt: skip
+    federation = tiny_federation(folder, *changes)
+    all_parts = federation.train[0], federation.test[0], federation.validation[0]
+    for client in range(2):
+        train, test, validation = (set(texts_of(data, client)) for data in all_parts)
+        assert train
+        assert test
+        assert validation
+        assert not train & test
+        assert not (train | test) & validation
+
+
 def test_all_that_is_left(folder):
     data = tiny_federation(folder, "groups.narrow.task.train=none").train[0]
     assert data.num_examples.tolist() == [53, 53]  # 120 less 8 and 6
