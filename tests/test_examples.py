@@ -314,6 +314,28 @@ def test_what_texts_say_of_the_bench_stands_in_its_tables():
         assert quoted[1] <= shares, (path, quoted[1] - shares)
 
 
+def test_what_is_said_of_a_setting_stands_in_its_own_tables():
+    page = (ROOT / "experiments/real_3x3/README.md").read_text(encoding="utf-8")
+    text, results = page.split("<!-- results -->")
+    tables, of_all = {}, ""
+    for section in re.split(r"\n### ", results)[1:]:
+        named = re.findall(r"\(`(\w+)`\)\n", section)
+        if named:
+            tables[named[0]] = section
+        else:
+            of_all += section  # curves
+    (text,) = re.findall(QUOTED[0][1], text + "\n## ", flags=re.DOTALL)
+    seen = set()
+    for paragraph in re.split(r"\n\n(?=\*\*[A-Z])", text)[1:]:
+        named = [name for name in re.findall(r"`(\w+)`", paragraph) if name in tables]
+        intervals, shares = numbers_in(of_all + "".join(tables[name] for name in named))
+        quoted = numbers_in(paragraph)
+        assert quoted[0] <= intervals, (named, quoted[0] - intervals)
+        assert quoted[1] <= shares, (named, quoted[1] - shares)
+        seen |= set(named)
+    assert seen >= {"both", "tasks", "models", "depths", "crowd", "ablation", "shards", "smollm2"}
+
+
 def test_the_tables_of_the_bench_are_those_of_its_rows(tmp_path, monkeypatch):
     bench, report = load_bench_of_methods(monkeypatch)
     for rows in bench.RESULTS.glob("*.csv"):
