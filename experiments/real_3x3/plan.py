@@ -69,7 +69,7 @@ AMENDED a fifth time, when nearly all had been tested, for the sake of a baselin
 - `co_lora_4096` was added (in `both`, `models` and `depths`), and `basis_anchored_4096`: 1,024 texts are
   fewer than the widest sites have outputs (1,536), which leaves a third of the factors there to chance.
 - `crowd` has five seeds, as the other settings have, in the place of three. Those had been looked at: what
-  sharing adds was anything from -3.5 to +4.8 points.
+  sharing adds was anything from -3.5 to +4.8 points. It has `local_by_task`, too.
 
 `plan_groups.py` has the clients, `plan_rows.py` the rows.
 """
@@ -223,7 +223,11 @@ SETTINGS = {
             about="The federation of `both` with two clients of every model and task: five others have a "
             "client's task, not two.",
             groups=every_pair(count=2),
-            rows=_some(FLOOR, "fedit", "ce_lora", BEST, BEST + ALONE),
+            rows={
+                **_some(FLOOR),
+                **plan_rows.BY_TASK,
+                **_some("fedit", "ce_lora", BEST, BEST + ALONE),
+            },
         ),
         BOTH._replace(
             name="ablation",
