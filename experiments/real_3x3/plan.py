@@ -137,6 +137,7 @@ ROWS_OF_BOTH = {
 OTHER_ROWS = {name: ROWS[name] for name in ROWS if name not in ("h2tune_paper", "h2tune_alone")}
 # Nothing is fitted where all have one model.
 ROWS_OF_ONE_MODEL = {name: OTHER_ROWS[name] for name in OTHER_ROWS if name != "co_lora_4096"}
+ROWS_OF_ONE_MODEL["co_lora"] = ROWS["co_lora"]._replace(words="")
 
 
 def _some(*names: str) -> dict[str, Row]:

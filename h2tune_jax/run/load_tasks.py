@@ -234,7 +234,7 @@ def _cut_own(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut one client's rows into training, validation and test rows, in the settings' proportions.
 
-    Repeats of a row stay in one part.
+    No row is in two parts, and no repeat of it.
     """
     task = group.task
     if task.train is None:
@@ -250,12 +250,13 @@ def _cut_own(
     except FederationError:
         raise FederationError(
             f"group {group.name!r}: a client has {len(rows)} rows, too few to train on some and to "
-            f"hold out {sum(sizes.values())}"
+            f"hold out {sum(sizes.values())} (repeats of a row stay together)"
         ) from None
-    train, validation, test = (
-        rows[parts.get(name, np.array([], np.int64))] for name in ("train", "validation", "test")
+    # A part is longer than asked for by the repeats of its last row.
+    test, validation = (
+        rows[parts[name][:size]] if size else rows[:0] for name, size in sizes.items()
     )
-    return np.sort(train), validation, test
+    return np.sort(rows[parts["train"]]), validation, test
 
 
 def _partition(
